@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 
 class CalmergeError(Exception):
-    """Every error that calmerge raises on purpose; the message says what was expected, found, where, and what next."""
+    """Every error that calmerge raises on purpose: what was expected, what was found, where, what to do next."""
 
 
 class UsageError(CalmergeError, ValueError):

@@ -1,0 +1,203 @@
+"""Opening checkpoints: headers at once, tensors when they are asked for."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from calmerge._errors import CheckpointError, MissingExtra
+from calmerge._weights import ALL, Memo, Spec, StateDict, Weights
+
+Source = str | Path | Weights | Mapping[str, Tensor] | nn.Module
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+class Checkpoint(Weights):
+    """Tensors in safetensors files: headers are read on opening, data when asked for.
+
+    Args:
+        files: the files, in order; a name may stand in one of them only.
+        label: what error messages and reports call it.
+        folder: where its side files (config, tokenizer) are; None for a single file.
+    """
+
+    def __init__(self, files: list[Path], *, label: str, folder: Path | None = None) -> None:
+        self.files, self.label, self.folder = files, label, folder
+        self._handles: dict[str, Any] = {}
+        specs: dict[str, Spec] = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="pt")
+                for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+                    part = handle.get_slice(name)
+                    if name in specs:
+                        raise CheckpointError(f"{label}: tensor '{name}' stands in two files, one of them {file.name}.")
+                    specs[name] = Spec(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                    self._handles[name] = handle
+            except KeyError as e:
+                raise CheckpointError(f"{file}: tensors of type {e} cannot be merged.") from None
+            except (SafetensorError, OSError) as e:
+                raise CheckpointError(
+                    f"{file}: not a readable safetensors file ({e}). Download or save it again."
+                ) from None
+        self.specs = specs
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        """The tensor, or some rows of it, straight from the file."""
+        handle = self._handles[name]
+        tensor: Tensor = handle.get_tensor(name) if rows == ALL else handle.get_slice(name)[rows]
+        return tensor
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 by file name."""
+        return {file.name: sha256(file) for file in self.files}
+
+
+def open_checkpoint(source: Source, *, revision: str | None = None) -> Weights:
+    """The weights behind `source`, lazily.
+
+    Args:
+        source: a safetensors file; a folder with `model.safetensors`, with shards and their index, or with one
+            safetensors file; a `.pt` or `.bin` file of plain tensors (loaded with `weights_only=True`, so no pickled
+            code runs); a hub id such as `google/vit-base`, also as `id@revision`; a mapping of tensors; a module.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        CheckpointError: nothing is there, or it cannot be read.
+        MissingExtra: a hub id without `huggingface_hub`.
+
+    >>> open_checkpoint({"w": torch.ones(2)})["w"]
+    tensor([1., 1.])
+    """
+    if isinstance(source, Weights):
+        return source
+    if isinstance(source, nn.Module):
+        return StateDict(_untied(source))
+    if isinstance(source, Mapping):
+        return _from_mapping(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(path, str(source))
+    if path.is_file():
+        return _open_file(path, str(source))
+    if _is_hub_id(str(source)):
+        return _open_folder(_download(str(source), revision), str(source))
+    raise CheckpointError(
+        f"no checkpoint at '{source}': expected a safetensors file, a folder, or a hub id like org/name."
+    )
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _untied(module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors with each shared one under its first name only."""
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        tensors[name] = tensor
+    return tensors
+
+
+def _from_mapping(tensors: Mapping[str, Tensor]) -> StateDict:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"'{name}' is a {type(tensor).__name__}; a checkpoint holds tensors only.")
+    return StateDict(tensors)
+
+
+def _open_folder(folder: Path, label: str) -> Checkpoint | StateDict:
+    index = folder / "model.safetensors.index.json"
+    extra = [f for f in [folder / "head.safetensors"] if f.is_file()]
+    if index.is_file():
+        return Checkpoint(_shards(index) + extra, label=label, folder=folder)
+    if (folder / "model.safetensors").is_file():
+        return Checkpoint([folder / "model.safetensors", *extra], label=label, folder=folder)
+    files = sorted(f for f in folder.glob("*.safetensors") if f not in extra)
+    if len(files) == 1:
+        return Checkpoint(files + extra, label=label, folder=folder)
+    if len(files) > 1:
+        raise CheckpointError(
+            f"'{label}' holds {len(files)} safetensors files and no model.safetensors.index.json that says which "
+            "belong together. Name the one file, or save the model again."
+        )
+    for pattern in ("pytorch_model.bin", "*.bin", "*.pt"):
+        for file in sorted(folder.glob(pattern)):
+            return _open_file(file, label)
+    found = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
+    raise CheckpointError(f"'{label}' holds no weights (*.safetensors, *.bin or *.pt); found {found}.")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as e:
+        raise CheckpointError(f"{index}: not a readable index of shards ({e}).") from None
+    for name in names:
+        file = index.parent / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: names '{name}', which lies outside the folder. Refused.")
+        if not file.is_file():
+            raise CheckpointError(f"{index}: names '{name}', which is missing. Download the folder again.")
+    return [index.parent / name for name in names]
+
+
+def _open_file(path: Path, label: str) -> Checkpoint | StateDict:
+    if path.suffix not in {".pt", ".pth", ".bin"}:
+        return Checkpoint([path], label=label)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:
+        raise CheckpointError(
+            f"{path}: cannot be loaded as plain tensors ({str(e).splitlines()[0]}). "
+            "Pickles that run code are refused; save the state dict as safetensors."
+        ) from None
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, expected a mapping of tensors.")
+    return _from_mapping(loaded)
+
+
+def _is_hub_id(source: str) -> bool:
+    parts = source.partition("@")[0].split("/")
+    return len(parts) == 2 and all(p and not p.startswith(".") for p in parts)
+
+
+def _download(source: str, revision: str | None) -> Path:
+    name, _, at = source.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingExtra("huggingface_hub", "hf") from None
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or at or None,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+            )
+        )
+    except Exception as e:
+        raise CheckpointError(
+            f"'{source}' is neither a path nor a hub id that can be fetched ({type(e).__name__}: {e})."
+        ) from None

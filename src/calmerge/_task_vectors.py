@@ -1,0 +1,277 @@
+"""Task vectors: what each expert adds to the base, tau_t = theta_t - theta_0, read in blocks of [T, rows, ...]."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from calmerge._checkpoint import Source, open_checkpoint
+from calmerge._errors import CheckpointError, UsageError, did_you_mean
+from calmerge._weights import ALL, Computed, Memo, Spec, StateDict, Weights
+
+Merge = Callable[["TaskVectors"], Weights]
+"""From task vectors to one delta: what `inner=` takes. `functools.partial` configures it."""
+
+
+class TaskVectors(Weights):
+    """The differences between T experts and their base; `read(name)` is [T, *shape] in float32.
+
+    Attributes:
+        tasks: names of the experts, in the order of the first dimension.
+        base: all tensors of the base.
+        specs: the tensors that are merged, with the shape that one expert has.
+        heads: by task, the tensors which that expert has for itself, under the expert's own names.
+        skipped: tensors of the base that are copied as they are, with the reason.
+    """
+
+    row_dim = 1
+
+    def __init__(
+        self,
+        source: Weights,
+        tasks: Sequence[str],
+        base: Weights,
+        *,
+        heads: Mapping[str, Weights] | None = None,
+        skipped: Mapping[str, str] | None = None,
+    ) -> None:
+        self._source, self.tasks, self.base = source, tuple(tasks), base
+        self.specs, self.elementwise = source.specs, source.elementwise
+        self.heads = dict(heads or {})
+        self.skipped = dict(skipped or {})
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        """The task vectors of one tensor, or of some of its rows: [T, rows, ...], float32."""
+        return self._source.read(name, rows, memo)
+
+    def transform(self, fn: Callable[..., Tensor], *others: Weights, elementwise: bool = True) -> "TaskVectors":
+        """Task vectors of the same shape, `fn(tau, *others, site)` for every block.
+
+        >>> tvs = task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
+        >>> tvs.transform(lambda tau, site: 3 * tau)["w"]
+        tensor([[3., 3.]])
+        """
+        return self._with(_Stacked(fn, (self, *others), self.specs, elementwise=elementwise))
+
+    def reduce(self, fn: Callable[..., Tensor], *others: Weights, elementwise: bool = True) -> Weights:
+        """One delta out of T task vectors, `fn(tau, *others, site)` with tau of shape [T, ...].
+
+        >>> tvs = task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(2)}})
+        >>> tvs.reduce(lambda tau, site: tau.sum(0))["w"]
+        tensor([2., 2.])
+        """
+        return Computed(fn, (self, *others), _float32(self.specs), elementwise=elementwise)
+
+    def only(self, tasks: Iterable[str]) -> "TaskVectors":
+        """The task vectors of some tasks, in the order given; the other experts are not read where that is possible.
+
+        >>> tvs = task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}})
+        >>> tvs.only(["b"]).tasks
+        ('b',)
+        """
+        tasks = tuple(tasks)
+        for task in tasks:
+            if task not in self.tasks:
+                raise UsageError(f"no task '{task}'. {did_you_mean(task, self.tasks)}")
+        if isinstance(self._source, _Deltas):
+            return self._with(self._source.only([self.tasks.index(t) for t in tasks]), tasks)
+        index = torch.tensor([self.tasks.index(t) for t in tasks])
+        return self._with(_Stacked(lambda tau, site: tau[index], (self,), self.specs), tasks)
+
+    def of(self, task: str) -> Weights:
+        """One task's vector.
+
+        >>> task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}}).of("a")["w"]
+        tensor([1.])
+        """
+        return self.only([task]).reduce(lambda tau, site: tau[0])
+
+    def _with(self, source: Weights, tasks: Sequence[str] | None = None) -> "TaskVectors":
+        tasks = self.tasks if tasks is None else tasks
+        heads = {t: self.heads[t] for t in tasks if t in self.heads}
+        return TaskVectors(source, tasks, self.base, heads=heads, skipped=self.skipped)
+
+
+def task_vectors(base: Source, experts: Mapping[str, Source], *, exclude: Sequence[str] = ()) -> TaskVectors:
+    """The task vectors of `experts` over `base`, from headers alone: no tensor is read yet.
+
+    Every tensor falls into one of three kinds. *Merged*: floating, in the base and in all experts, with one shape.
+    *Head*: only experts have it, or its first dimension (the classes) differs from the base's; kept per task.
+    *Skipped*: integers and booleans, what `exclude` names, and what no expert has; taken from the base.
+
+    Experts whose names carry one more prefix than the base's (`bert.`), or one less, are matched without it.
+
+    Args:
+        base: what the experts were fine-tuned from; see `open_checkpoint` for what may stand here.
+        experts: by task name.
+        exclude: shell patterns (`*embeddings*`) of base names that are not merged.
+        heads: shell patterns of names that are kept per task even where base and experts have them in one shape.
+
+    Raises:
+        CheckpointError: no expert, another architecture, a shape that differs in more than the classes, a missing tensor.
+        UsageError: a pattern in `exclude` that fits nothing.
+
+    >>> base = {"w": torch.zeros(2), "steps": torch.tensor(7)}
+    >>> tvs = task_vectors(base, {"cars": {"w": torch.ones(2), "steps": torch.tensor(9), "head": torch.ones(3)}})
+    >>> tvs["w"], tvs.skipped, list(tvs.heads["cars"])
+    (tensor([[1., 1.]]), {'steps': 'integer tensor'}, ['head'])
+    """
+    if not experts:
+        raise CheckpointError("no expert is given; a merge needs at least one.")
+    opened_base = open_checkpoint(base)
+    opened = {task: _aligned(open_checkpoint(source), opened_base) for task, source in experts.items()}
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in opened_base):
+            raise UsageError(f"exclude: '{pattern}' fits no tensor of the base. {did_you_mean(pattern, opened_base)}")
+    skipped: dict[str, str] = {}
+    merged: dict[str, Spec] = {}
+    own: set[str] = set()
+    for name, spec in opened_base.specs.items():
+        having = {t: w.specs[name] for t, w in opened.items() if name in w.specs}
+        excluded = next((p for p in exclude if fnmatchcase(name, p)), None)
+        if excluded:
+            skipped[name] = f"excluded by '{excluded}'"
+        elif not spec.dtype.is_floating_point:
+            skipped[name] = "integer tensor"
+        elif not having:
+            skipped[name] = "in no expert"
+        elif _is_head(name, spec, having) or any(fnmatchcase(name, p) for p in heads):
+            own.add(name)
+            skipped[name] = "head, kept per task"
+        else:
+            _check_fit(name, spec, having, opened)
+            merged[name] = spec
+    if not merged:
+        raise CheckpointError(_nothing_in_common(opened_base, opened))
+    per_task = {
+        task: _renamed(weights, [n for n in weights if n in own or n not in opened_base.specs])
+        for task, weights in opened.items()
+    }
+    deltas = _Deltas(opened_base, list(opened.items()), merged)
+    return TaskVectors(deltas, list(experts), opened_base, heads=per_task, skipped=skipped)
+
+
+class _Stacked(Computed):
+    row_dim = 1
+
+
+class _Deltas(Weights):
+    """[T, ...] float32 differences, read from T open checkpoints block by block."""
+
+    row_dim = 1
+
+    def __init__(self, base: Weights, experts: Sequence[tuple[str, Weights]], specs: Mapping[str, Spec]) -> None:
+        self._base, self.experts, self.specs = base, experts, specs
+        self.elementwise = base.elementwise and all(w.elementwise for _, w in experts)
+
+    def only(self, index: Sequence[int]) -> "_Deltas":
+        return _Deltas(self._base, [self.experts[i] for i in index], self.specs)
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        memo = {} if memo is None else memo
+        key = (id(self), name, rows.start, rows.stop)
+        if key not in memo:
+            base = _finite("the base", name, self._base.read(name, rows)).float()
+            tau = torch.empty(len(self.experts), *base.shape)
+            for t, (task, expert) in enumerate(self.experts):
+                torch.sub(_finite(f"expert '{task}'", name, expert.read(name, rows)).float(), base, out=tau[t])
+            memo[key] = tau
+        return memo[key]
+
+
+def _finite(whose: str, name: str, tensor: Tensor) -> Tensor:
+    # a sum is finite only if all its terms are, and costs one read; the exact test runs only where it overflows
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"{whose}: tensor '{name}' has {bad} entries that are NaN or infinite. "
+            "A merge would spread them; use a sound checkpoint."
+        )
+    return tensor
+
+
+def _is_head(name: str, spec: Spec, having: Mapping[str, Spec]) -> bool:
+    """Whether experts differ from the base, or from each other, in the number of classes alone."""
+    shapes = {spec.shape, *(s.shape for s in having.values())}
+    return (
+        len(shapes) > 1
+        and "embed" not in name
+        and len({(len(s), s[1:]) for s in shapes}) == 1
+        and all(len(s) > 0 for s in shapes)
+    )
+
+
+def _check_fit(name: str, spec: Spec, having: Mapping[str, Spec], experts: Mapping[str, Weights]) -> None:
+    for task in experts:
+        if task not in having:
+            raise CheckpointError(
+                f"expert '{task}' lacks tensor '{name}', which the base and other experts have. "
+                "Exclude it, or use a checkpoint of the same base."
+            )
+        if having[task].shape != spec.shape:
+            raise CheckpointError(
+                f"expert '{task}': tensor '{name}' has shape {having[task].shape}, base has {spec.shape}. "
+                "Exclude it, or use a checkpoint of the same base."
+            )
+        if not having[task].dtype.is_floating_point:
+            raise CheckpointError(
+                f"expert '{task}': tensor '{name}' has type {having[task].dtype}, base has {spec.dtype}. "
+                "Quantised checkpoints cannot be merged; use the floating-point original."
+            )
+
+
+def _nothing_in_common(base: Weights, experts: Mapping[str, Weights]) -> str:
+    task, expert = next(iter(experts.items()))
+    if not len(expert):
+        return f"expert '{task}' holds no tensor."
+    return (
+        "base and experts have no tensor in common that can be merged: the base has "
+        f"'{next(iter(base), '(none)')}', expert '{task}' has '{next(iter(expert))}'. Are they of one architecture?"
+    )
+
+
+def _aligned(expert: Weights, base: Weights) -> Weights:
+    """The expert under the base's names where these differ by one leading prefix."""
+    shared = sum(n in base.specs for n in expert)
+    for prefix in dict.fromkeys(n.split(".", 1)[0] + "." for n in expert):
+        names = {n.removeprefix(prefix): n for n in expert}
+        if len(names) == len(expert) and sum(n in base.specs for n in names) > shared:
+            return _Renamed(expert, names)
+    for prefix in dict.fromkeys(n.split(".", 1)[0] + "." for n in base):
+        names = {prefix + n if prefix + n in base.specs else n: n for n in expert}
+        if len(names) == len(expert) and sum(n in base.specs for n in names) > shared:
+            return _Renamed(expert, names)
+    return expert
+
+
+def _renamed(weights: Weights, names: Sequence[str]) -> Weights:
+    """Some tensors of an expert, under the expert's own names."""
+    own = weights.names if isinstance(weights, _Renamed) else {n: n for n in weights}
+    source = weights.source if isinstance(weights, _Renamed) else weights
+    return _Renamed(source, {own[n]: own[n] for n in names})
+
+
+class _Renamed(Weights):
+    """Tensors of `source` under other names, some of them left out."""
+
+    def __init__(self, source: Weights, names: Mapping[str, str]) -> None:
+        self.source, self.names = source, dict(names)
+        self.specs = {new: source.specs[old] for new, old in names.items()}
+        self.elementwise = source.elementwise
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        return self.source.read(self.names[name], rows, memo)
+
+
+def _float32(specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    return {name: Spec(spec.shape, torch.float32) for name, spec in specs.items()}
+
+
+def materialise(weights: Weights) -> StateDict:
+    """The weights computed and held in memory: one copy of all of them.
+
+    >>> materialise(StateDict({"w": torch.ones(1)}).map(lambda w, site: w + 1))["w"]
+    tensor([2.])
+    """
+    return StateDict({name: weights.read(name) for name in weights})

@@ -1,0 +1,202 @@
+"""Named tensors that are read, or computed, when asked for: never all at once."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ALL = slice(None)
+Memo = dict[tuple[int, str, int | None, int | None], Tensor]
+
+
+class Spec(NamedTuple):
+    """Shape and stored type of one tensor, as its header says."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """How many entries the tensor has."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes where it is stored."""
+        return self.numel * self.dtype.itemsize
+
+
+class Site(NamedTuple):
+    """Where in a model a piece is working: the tensor, and the index of the first entry it was handed."""
+
+    name: str
+    offset: int
+
+
+class Weights(Mapping[str, Tensor]):
+    """A lazy mapping from names to tensors.
+
+    `weights[name]` reads one whole tensor, `read(name, rows)` some rows of one. Only `specs` is known before that.
+
+    Attributes:
+        specs: shape and dtype by name.
+        elementwise: whether rows can be had without reading the whole tensor.
+    """
+
+    specs: Mapping[str, Spec]
+    elementwise: bool = True
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        """The tensor `name`, or its `rows` along the first dimension.
+
+        Args:
+            name: one of `specs`.
+            rows: a slice with step 1; a tensor without dimensions is only read whole.
+            memo: shared by the nodes of one graph while one block is computed, so that no input is read twice.
+        """
+        raise NotImplementedError
+
+    def map(self, fn: Callable[[Tensor, Site], Tensor], *, elementwise: bool = True) -> "Weights":
+        """The weights with `fn(tensor, site)` applied to every tensor when it is read.
+
+        >>> doubled = StateDict({"w": torch.tensor([1.0, 2.0])}).map(lambda w, site: 2 * w)
+        >>> doubled["w"]
+        tensor([2., 4.])
+        """
+        return Computed(fn, (self,), self.specs, elementwise=elementwise)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    @property
+    def numel(self) -> int:
+        """How many entries all tensors have together."""
+        return sum(spec.numel for spec in self.specs.values())
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes all tensors take where they are stored."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+
+class StateDict(Weights):
+    """Tensors held in memory.
+
+    >>> weights = StateDict({"w": torch.zeros(2, 3)})
+    >>> weights.specs["w"].shape, weights.read("w", slice(0, 1)).shape
+    ((2, 3), torch.Size([1, 3]))
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self.specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        """The tensor itself, or a view of some of its rows."""
+        tensor = self._tensors[name]
+        return tensor if rows == ALL else tensor[rows]
+
+
+class Computed(Weights):
+    """What `fn` makes of the tensors of the same name in `inputs`; nothing is kept.
+
+    Args:
+        fn: called as `fn(*tensors, site)`.
+        inputs: weights that know every name of `specs`.
+        specs: the names, shapes and types that come out.
+        elementwise: whether `fn` of some rows equals some rows of `fn`.
+        row_dim: the dimension of the result along which rows are counted (1 for stacks of task vectors).
+    """
+
+    row_dim = 0
+
+    def __init__(
+        self,
+        fn: Callable[..., Tensor],
+        inputs: tuple[Weights, ...],
+        specs: Mapping[str, Spec],
+        *,
+        elementwise: bool = True,
+    ) -> None:
+        self._fn, self._inputs, self._own = fn, inputs, elementwise
+        self.specs = specs
+        self.elementwise = elementwise and all(w.elementwise for w in inputs)
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        """The computed tensor; an earlier result for the same block in `memo` is used again."""
+        memo = {} if memo is None else memo
+        key = (id(self), name, rows.start, rows.stop)
+        if key not in memo:
+            if rows != ALL and not self._own:
+                memo[key] = self.read(name, ALL, memo)[(slice(None),) * self.row_dim + (rows,)]
+            else:
+                tensors = [w.read(name, rows, memo) for w in self._inputs]
+                memo[key] = self._fn(*tensors, Site(name, (rows.start or 0) * row_size(self.specs[name])))
+        return memo[key]
+
+
+def row_size(spec: Spec) -> int:
+    """How many entries one row has; a tensor without dimensions is one row.
+
+    >>> row_size(Spec((4, 3, 2), torch.float32)), row_size(Spec((), torch.float32))
+    (6, 1)
+    """
+    return torch.Size(spec.shape[1:]).numel()
+
+
+def blocks(weights: Weights, size: int = 2**18) -> Iterator[tuple[str, slice]]:
+    """Name and rows of pieces of about `size` entries that cover `weights` once, in order.
+
+    A row is never split, and a tensor that cannot be read by rows comes whole.
+
+    >>> list(blocks(StateDict({"a": torch.zeros(5, 2), "b": torch.zeros(())}), size=4))
+    [('a', slice(0, 2, None)), ('a', slice(2, 4, None)), ('a', slice(4, 5, None)), ('b', slice(None, None, None))]
+    """
+    for name, spec in weights.specs.items():
+        step = max(1, size // max(1, row_size(spec)))
+        if not spec.shape or not weights.elementwise or step >= spec.shape[0]:
+            yield name, ALL
+        else:
+            for start in range(0, spec.shape[0], step):
+                yield name, slice(start, min(start + step, spec.shape[0]))
+
+
+def add(base: Weights, delta: Weights, *, dtype: torch.dtype | None = None) -> Weights:
+    """`base + delta` in float32, cast once; where there is no delta, or it is 0, the base's bits.
+
+    Args:
+        base: all tensors of the model.
+        delta: the merged ones.
+        dtype: floating type of the result; the base's own when None.
+
+    >>> base = StateDict({"w": torch.tensor([1.0, -0.0]), "steps": torch.tensor(3)})
+    >>> dict(add(base, StateDict({"w": torch.tensor([0.5, 0.0])})))
+    {'w': tensor([1.5000, -0.0000]), 'steps': tensor(3)}
+    """
+    specs = {
+        name: Spec(spec.shape, dtype) if dtype and spec.dtype.is_floating_point else spec
+        for name, spec in base.specs.items()
+    }
+    return _Sum(base, delta, specs)
+
+
+class _Sum(Weights):
+    def __init__(self, base: Weights, delta: Weights, specs: Mapping[str, Spec]) -> None:
+        self._base, self._delta, self.specs = base, delta, specs
+        self.elementwise = base.elementwise and delta.elementwise
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        base = self._base.read(name, rows, memo)
+        dtype = self.specs[name].dtype
+        if name not in self._delta.specs:
+            return base.to(dtype)
+        delta = self._delta.read(name, rows, memo)
+        wide = base.to(torch.promote_types(base.dtype, torch.float32))
+        return torch.where(delta == 0, wide, wide + delta).to(dtype)
