@@ -93,7 +93,9 @@ class TaskVectors(Weights):
         return TaskVectors(source, tasks, self.base, heads=heads, skipped=self.skipped)
 
 
-def task_vectors(base: Source, experts: Mapping[str, Source], *, exclude: Sequence[str] = ()) -> TaskVectors:
+def task_vectors(
+    base: Source, experts: Mapping[str, Source], *, exclude: Sequence[str] = (), heads: Sequence[str] = ()
+) -> TaskVectors:
     """The task vectors of `experts` over `base`, from headers alone: no tensor is read yet.
 
     Every tensor falls into one of three kinds. *Merged*: floating, in the base and in all experts, with one shape.
@@ -109,7 +111,7 @@ def task_vectors(base: Source, experts: Mapping[str, Source], *, exclude: Sequen
         heads: shell patterns of names that are kept per task even where base and experts have them in one shape.
 
     Raises:
-        CheckpointError: no expert, another architecture, a shape that differs in more than the classes, a missing tensor.
+        CheckpointError: no expert, another architecture, a missing tensor, a shape that differs beyond the classes.
         UsageError: a pattern in `exclude` that fits nothing.
 
     >>> base = {"w": torch.zeros(2), "steps": torch.tensor(7)}
