@@ -1,5 +1,6 @@
 """Exact numbers over a whole model, read once or twice in blocks: thresholds, counts, norms."""
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -66,3 +67,22 @@ def kth_magnitude(weights: Weights, k: int | Sequence[int]) -> Tensor:
 
     low = torch.searchsorted(count(inside, _HALF).cumsum(1), (ranks - below)[:, None])[:, 0]
     return ((high << 16) | low).to(torch.int32).view(torch.float32)
+
+
+def later(measure: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`measure` put off until its number is first needed, then done once, whichever thread asks.
+
+    >>> number = later(lambda: torch.tensor(2.0))
+    >>> number() is number()
+    True
+    """
+    lock = threading.Lock()
+    result: list[Tensor] = []
+
+    def get() -> Tensor:
+        with lock:
+            if not result:
+                result.append(measure())
+        return result[0]
+
+    return get

@@ -1,0 +1,43 @@
+"""Weighted sums of task vectors, in one fixed order."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from calmerge._task_vectors import TaskVectors
+from calmerge._weights import Site, Weights
+
+
+def summed(tau: Tensor) -> Tensor:
+    """The sum over tasks, added one after the other, so that no block size can change its rounding.
+
+    >>> summed(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([4., 6.])
+    """
+    result = tau[0]
+    for t in range(1, len(tau)):
+        result = result + tau[t]
+    return result
+
+
+def blend(tvs: TaskVectors, coefficients: Tensor | Mapping[str, Tensor]) -> Weights:
+    """One delta, delta(l) = sum_t lambda[t, l] tau_t(l), with gradients flowing to the coefficients.
+
+    Args:
+        tvs: task vectors.
+        coefficients: lambda, of shape [T] (one for each task), or by tensor name, each of shape [T].
+
+    >>> from calmerge import task_vectors
+    >>> tvs = task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}})
+    >>> blend(tvs, torch.tensor([0.5, 2.0]))["w"]
+    tensor([2.5000])
+    """
+
+    def weighted(tau: Tensor, site: Site) -> Tensor:
+        lam = coefficients if isinstance(coefficients, Tensor) else coefficients[site.name]
+        result = tau[0] * lam[0]
+        for t in range(1, len(tau)):
+            result = result + tau[t] * lam[t]
+        return result
+
+    return tvs.reduce(weighted)

@@ -1,0 +1,67 @@
+"""Sign election among task vectors, and merging of those that agree."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calmerge._measure import later, total
+from calmerge._task_vectors import TaskVectors
+from calmerge._weights import Site, Weights
+from calmerge.pieces.blend import summed
+
+
+def elect(tvs: TaskVectors) -> Weights:
+    """The elected sign of every entry, in {-1, 0, 1}: the sign of the sum over tasks.
+
+    s_p = sign(sum_t tau_t,p). Where the sum is 0 (exact cancellation, or nothing left by trimming) s_p is the majority
+    sign of the whole model, sign(sum_p s_p); if that is 0 too, s_p stays 0.
+
+    >>> import torch; from calmerge import task_vectors
+    >>> experts = {"a": {"w": torch.tensor([1.0, 2.0, 3.0])}, "b": {"w": torch.tensor([-1.0, 2.0, -4.0])}}
+    >>> elect(task_vectors({"w": torch.zeros(3)}, experts))["w"]
+    tensor([ 0.,  1., -1.])
+    """
+    signs = tvs.reduce(lambda tau, site: summed(tau).sign())
+    majority = later(lambda: total(signs, torch.sum).sign().float())
+
+    def settled(sign: Tensor, site: Site) -> Tensor:
+        return torch.where(sign == 0, majority(), sign) if (sign == 0).any() else sign
+
+    return signs.map(settled)
+
+
+def agree(tvs: TaskVectors, signs: Weights) -> TaskVectors:
+    """Task vectors with every entry that has not the elected sign set to 0; an elected 0 counts as minus.
+
+    >>> import torch; from calmerge import task_vectors
+    >>> experts = {"a": {"w": torch.tensor([1.0, 2.0])}, "b": {"w": torch.tensor([-3.0, 2.0])}}
+    >>> tvs = task_vectors({"w": torch.zeros(2)}, experts)
+    >>> agree(tvs, elect(tvs))["w"]
+    tensor([[ 0.,  2.],
+            [-3.,  2.]])
+    """
+    return tvs.transform(lambda tau, sign, site: tau.where(torch.where(sign > 0, tau > 0, tau < 0), 0.0), signs)
+
+
+def disjoint(tvs: TaskVectors, signs: Weights, *, combine: Literal["mean", "sum", "max"] = "mean") -> Weights:
+    """One delta from the entries that have the elected sign.
+
+    Args:
+        tvs: task vectors, usually trimmed.
+        signs: elected signs, as from `elect`.
+        combine: `mean` divides by the number of agreeing entries, at least 1; `sum` does not; `max` takes the largest
+            magnitude with the elected sign.
+
+    >>> import torch; from calmerge import task_vectors
+    >>> experts = {"a": {"w": torch.tensor([1.0, 2.0])}, "b": {"w": torch.tensor([-3.0, 4.0])}}
+    >>> tvs = task_vectors({"w": torch.zeros(2)}, experts)
+    >>> disjoint(tvs, elect(tvs))["w"]
+    tensor([-3., 3.])
+    """
+    agreeing = agree(tvs, signs)
+    if combine == "max":
+        return agreeing.reduce(lambda tau, sign, site: tau.abs().amax(0) * sign, signs)
+    if combine == "sum":
+        return agreeing.reduce(lambda tau, site: summed(tau))
+    return agreeing.reduce(lambda tau, site: summed(tau) / (tau != 0).sum(0).clamp(min=1))

@@ -1,0 +1,36 @@
+"""Keeping the entries of largest magnitude."""
+
+from torch import Tensor
+
+from calmerge._measure import kth_magnitude, later
+from calmerge._signature import KeepFraction
+from calmerge._task_vectors import TaskVectors
+from calmerge._weights import Site
+
+
+def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2) -> TaskVectors:
+    """Task vectors with all but the largest entries set to 0, the threshold counted per task over the whole model.
+
+    tau_hat = tau where |tau| >= the k-th smallest |tau|, k = d - int(d * keep); entries equal to it stay, so that
+    int(d * keep) + 1 entries are kept where magnitudes are distinct, and all of them where the threshold is 0.
+
+    Args:
+        tvs: task vectors.
+        keep: fraction of entries kept per task, in (0, 1]; 1 keeps all.
+
+    >>> import torch; from calmerge import task_vectors
+    >>> tvs = task_vectors({"w": torch.zeros(5)}, {"a": {"w": torch.tensor([3.0, -1.0, 2.0, 0.0, 0.5])}})
+    >>> trim(tvs, keep=0.2)["w"]
+    tensor([[3., 0., 2., 0., 0.]])
+    """
+    d = tvs.numel
+    rank = d - int(d * keep)
+    if rank <= 0:
+        return tvs
+    threshold = later(lambda: kth_magnitude(tvs, rank))
+
+    def kept(tau: Tensor, site: Site) -> Tensor:
+        cut = threshold().reshape(-1, *[1] * (tau.dim() - 1))
+        return tau.where(tau.abs() >= cut, 0.0)
+
+    return tvs.transform(kept)
