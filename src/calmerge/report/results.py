@@ -146,9 +146,7 @@ class Row(Record):
     @model_validator(mode="after")
     def _failure_has_reason(self) -> Self:
         if (self.status == "failed") != bool(self.error):
-            raise ValueError(
-                f"row '{self.label}': status {self.status} and error {self.error!r} contradict each other"
-            )
+            raise ValueError(f"row '{self.label}': status {self.status} and error {self.error!r} contradict each other")
         return self
 
 
@@ -219,13 +217,9 @@ class Report(Record):
         datetime.fromisoformat(self.created)
         names = [task.name for task in self.tasks]
         twice = [name for name, count in Counter(names).items() if count > 1]
-        twice += [
-            f"{k[0]} (seed {k[1]})" for k, c in Counter((r.label, r.seed) for r in self.rows).items() if c > 1
-        ]
+        twice += [f"{k[0]} (seed {k[1]})" for k, c in Counter((r.label, r.seed) for r in self.rows).items() if c > 1]
         if twice:
-            raise ValueError(
-                f"found twice: {', '.join(twice)}. Tasks, and rows by label and seed, must be unique."
-            )
+            raise ValueError(f"found twice: {', '.join(twice)}. Tasks, and rows by label and seed, must be unique.")
         for row in self.rows:
             if row.status == "ok" and row.scores and set(row.scores) != set(names):
                 raise ValueError(

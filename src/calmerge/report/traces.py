@@ -37,9 +37,7 @@ class Histogram(Record):
     @model_validator(mode="after")
     def _edges_enclose_bins(self) -> Self:
         if len(self.edges) != len(self.counts) + 1 or sorted(set(self.edges)) != self.edges:
-            raise ValueError(
-                f"{len(self.counts)} bins need {len(self.counts) + 1} rising edges, got {self.edges}"
-            )
+            raise ValueError(f"{len(self.counts)} bins need {len(self.counts) + 1} rising edges, got {self.edges}")
         return self
 
     @property
