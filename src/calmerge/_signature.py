@@ -91,17 +91,20 @@ class Option:
 
 
 def options_of(fn: Callable[..., Any], provided: Collection[str] = ()) -> dict[str, Option]:
-    """The keyword-only parameters of ``fn`` in their order, without those in ``provided``.
+    """The keyword-only parameters of ``fn`` (of a class, all) in their order, without those in ``provided``.
 
     >>> def trim(tvs, *, keep: KeepFraction = 0.2): ...
     >>> [(o.name, o.type, o.range, o.default) for o in options_of(trim).values()]
     [('keep', 'number', '(0, 1]', 0.2)]
     """
     hints = hints_of(fn)
+    kinds = [inspect.Parameter.KEYWORD_ONLY]
+    if isinstance(fn, type):
+        kinds.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {
         p.name: Option(p.name, hints.get(p.name, Any), p.default, p.default is p.empty)
         for p in inspect.signature(fn).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in provided
+        if p.kind in kinds and p.name not in provided
     }
 
 
@@ -123,6 +126,7 @@ def check(
     *,
     name: str | None = None,
     provided: Collection[str] = (),
+    noun: str = "option",
 ) -> list[str]:
     """All mistakes in ``options`` for ``fn``, one sentence or two each; none if the list is empty.
 
@@ -130,6 +134,7 @@ def check(
         where: "file:line" of the call, or a mapping from option to "file:line" (key ``""`` for the call itself).
         name: what to call the function in messages; its own name if not given.
         provided: parameters that the caller fills in (``tasks``, ``run``): neither missing nor allowed.
+        noun: what the messages call an option; in a file "key" may read better.
 
     >>> def ties(tvs, *, keep: KeepFraction = 0.2, combine: Literal["mean", "sum"] = "mean"): ...
     >>> lines = {"": "recipe.yaml:8", "keep": "recipe.yaml:9"}
@@ -147,7 +152,7 @@ def check(
             problems.append(f"{prefix}{name}.{key} cannot be set here: calmerge fills it in.")
         elif key not in known:
             hint = did_you_mean(key, known) if known else "It takes none."
-            problems.append(f"{prefix}{name} has no option '{key}'. {hint}")
+            problems.append(f"{prefix}{name} has no {noun} '{key}'. {hint}")
         else:
             fault = fault_of(value, known[key].hint)
             if fault:
@@ -214,7 +219,7 @@ def fault_of(value: Any, hint: Any) -> str | None:
     return f"must be {_join([_article(h) for h in alternatives])}, got {_show(value)}.{advice}"
 
 
-# What the messages are made of ----------------------------------------------------------------------
+# What the messages are made of ----------------------------------------------------------------------------
 
 
 def _fault_of_one(value: Any, hint: Any) -> str | None:
