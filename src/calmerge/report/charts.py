@@ -1,0 +1,175 @@
+"""The report's own charts, from its numbers to SVG."""
+
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+
+from calmerge.report.league import Standing, split_stamp, standard_error, standings
+from calmerge.report.markup import Html, el, join
+from calmerge.report.results import Report
+from calmerge.report.svg import chart, clip, dot, line, rect, text, text_width, ticks
+from calmerge.report.traces import Coverage
+
+ROW = 19.0  # height of a method's line
+
+
+def summary_svg(report: Report, *, width: float = 640) -> str:
+    """A picture for a README: per method the normalised mean (disc) and its worst task (ring), best on top.
+
+    It stands alone: its colours come with it and follow the reader's light or dark theme.
+    """
+    drawing = summary_chart(report, width=width)
+    css = files("calmerge.report").joinpath("colours.css").read_text("utf-8")
+    return drawing.replace(">", f">{el('style', Html(css.replace(':root', 'svg')))}", 1)
+
+
+def summary_chart(report: Report, *, width: float = 460) -> Html:
+    """The drawing of `summary_svg`, without colours of its own."""
+    lines = [line_ for line_ in standings(report) if line_.mean and line_.method != "experts"]
+    lines.sort(key=lambda found: -_level(found))
+    names = min(0.4 * width, max((text_width(found.label) for found in lines), default=0) + 8)
+    left, right, top = names + 4, width - 92, 44.0
+    worsts = [found.worst[1] for found in lines if found.worst]
+    low, high = _range([_level(found) for found in lines] + worsts, bool(lines and lines[0].normalised_mean))
+    bottom = top + ROW * 1.25 * len(lines)
+
+    def place(value: float) -> float:
+        return left + (right - left) * (value - low) / (high - low)
+
+    what = "% of the experts' accuracy" if lines and lines[0].normalised_mean else "accuracy, %"
+    parts = [text(4, 16, f"{what} · {split_stamp(report)}", "note")]
+    parts += [text(width - 50, 34, "mean", "tick strong", "end"), text(width - 6, 34, "worst", "tick", "end")]
+    parts += [dot(left + 6, 30, "accent", r=4), text(left + 14, 34, "mean over tasks", "tick")]
+    if right - left > 200:
+        parts += [dot(left + 120, 30, "ring", r=4), text(left + 128, 34, "worst task", "tick")]
+    for tick in ticks(low, high, 5):
+        parts += [line(place(tick), top, place(tick), bottom)]
+        parts += [text(place(tick), bottom + 15, f"{100 * tick:g}", "tick", "middle")]
+    for i, found in enumerate(lines):
+        y = top + ROW * 1.25 * (i + 0.5)
+        style = "ref" if found.is_reference else "accent" if found.label == _leader(lines) else "plain"
+        score, score_text = _level(found), f"{100 * _level(found):.1f}"
+        strong = " strong" if style == "accent" else ""
+        parts.append(text(left - 8, y + 4, clip(found.label, names), "label" + strong, "end"))
+        if found.worst:
+            hover = f"{found.label}, worst task {found.worst[0]}: {100 * found.worst[1]:.1f}"
+            parts += [
+                line(place(found.worst[1]), y, place(score), y, "stem"),
+                dot(place(found.worst[1]), y, "ring", hover),
+            ]
+            parts += [text(width - 6, y + 4, f"{100 * found.worst[1]:.1f}", "value", "end")]
+        parts.append(dot(place(score), y, style, f"{found.label}, mean: {score_text}", r=5))
+        parts.append(text(width - 50, y + 4, score_text, "value" + strong, "end"))
+    label = "Mean and worst task per method: " + ", ".join(f"{f.label} {100 * _level(f):.1f}" for f in lines)
+    return chart(width, bottom + 24, label, *parts)
+
+
+def _level(found: Standing) -> float:
+    score = found.normalised_mean or found.mean
+    return score.mean if score else math.nan
+
+
+def _leader(lines: Sequence[Standing]) -> str | None:
+    methods = [found for found in lines if found.mean and not found.is_reference]
+    return max(methods, key=lambda found: found.mean.mean if found.mean else 0).label if methods else None
+
+
+def _range(values: Sequence[float], with_expert: bool) -> tuple[float, float]:
+    known = [value for value in values if math.isfinite(value)] + ([1.0] if with_expert else [])
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    return math.floor(20 * (low - 0.01)) / 20, math.ceil(50 * (high + 0.001)) / 50
+
+
+def task_chart(report: Report, task: str, *, width: float = 340) -> Html:
+    """One task: per method a bar from the base's level to the method's, as shares of the expert's accuracy.
+
+    Whiskers are one standard error from the number of test examples. All tasks share one axis.
+    """
+    evaluated = [found for found in standings(report) if found.tasks and found.method != "experts"]
+    lines = [found for found in evaluated if not found.is_reference]
+    base = next((found for found in evaluated if found.is_reference), None)
+    everything = [_share(found, other.name) for found in evaluated for other in report.tasks]
+    low, high = _range(everything, report.reference("experts") is not None)
+    names = min(0.38 * width, max((text_width(found.label, 10.5) for found in lines), default=0) + 4)
+    left, right, top = names + 6, width - 44, 4.0
+    bottom = top + ROW * len(lines)
+
+    def place(value: float) -> float:
+        return left + (right - left) * (min(max(value, low), high) - low) / (high - low)
+
+    parts: list[Html] = []
+    for tick in ticks(low, high, 4):
+        parts.append(line(place(tick), top, place(tick), bottom))
+        parts.append(text(place(tick), bottom + 14, f"{100 * tick:g}", "tick", "middle"))
+    start = place(_share(base, task)) if base else left
+    best = max((_share(found, task) for found in lines), default=math.nan)
+    for i, found in enumerate(lines):
+        y, value = top + ROW * (i + 0.5), _share(found, task)
+        style = "accent" if found.label == _leader(lines) else "plain"
+        strong = " strong" if math.isclose(value, best, abs_tol=1e-9) else ""
+        parts.append(text(left - 6, y + 4, clip(found.label, names, 10.5), "name", "end"))
+        if not math.isfinite(value):
+            continue
+        end, error, hover = place(value), _share_error(found, task), _hover(found, task)
+        parts.append(rect(min(start, end), y - 5, abs(end - start), 10, "bar" if style == "plain" else style, hover))
+        parts.append(line(place(value - error), y, place(value + error), y, "whisker"))
+        parts.append(text(width - 4, y + 4, f"{100 * value:.1f}", "value" + strong, "end"))
+    if base:
+        parts.append(line(start, top - 2, start, bottom + 2, "base"))
+    if report.reference("experts"):
+        parts.append(line(place(1), top - 2, place(1), bottom + 2, "expert"))
+    label = f"{task}: " + ", ".join(f"{f.label} {100 * _share(f, task):.1f}" for f in lines)
+    return chart(width, bottom + 20, label, *parts)
+
+
+def _share(found: Standing, task: str) -> float:
+    values = found.relative or found.tasks
+    return values[task].mean if values else math.nan
+
+
+def _share_error(found: Standing, task: str) -> float:
+    score = next(row.scores[task] for row in found.rows if row.status == "ok" and row.scores)
+    accuracy = found.tasks[task].mean if found.tasks else math.nan
+    scale = _share(found, task) / accuracy if accuracy else 1.0
+    return standard_error(accuracy, score.n) * scale
+
+
+def _hover(found: Standing, task: str) -> str:
+    values = found.tasks
+    if not values:
+        return found.label
+    return (
+        f"{found.label}: accuracy {values[task]} %, {100 * _share(found, task):.1f} normalised, {values[task].n} run(s)"
+    )
+
+
+def coverage_chart(task: str, classes: dict[str, Coverage], *, width: float = 220, height: float = 84) -> Html:
+    """Per class of one task: how many pool examples its expert assigns to it, and how many of them were kept."""
+    top, bottom = 4.0, height - 6
+    high = max((found.predicted for found in classes.values()), default=0) or 1
+    step = min(26.0, (width - 4) / max(1, len(classes)))
+    parts: list[Html] = []
+    for i, (name, found) in enumerate(classes.items()):
+        x, hover = 2 + step * i, f"{name}: {found.kept} kept of {found.predicted}"
+        outer, inner = ((bottom - top) * count / high for count in (found.predicted, found.kept))
+        parts.append(rect(x, bottom - outer, step * 0.84, outer, "bar", hover))
+        parts.append(rect(x, bottom - inner, step * 0.84, inner, "accent", hover))
+        if not found.kept:
+            parts.append(dot(x + step * 0.42, bottom - 3, "alarm", hover, r=min(3.0, step * 0.4)))
+    parts.append(line(0, bottom, width, bottom, "axis"))
+    kept, predicted = (sum(getattr(f, key) for f in classes.values()) for key in ("kept", "predicted"))
+    return chart(width, height, f"{task}: {kept} of {predicted} examples kept, {len(classes)} classes", join(*parts))
+
+
+def norm_chart(norms: dict[str, float], *, width: float = 340) -> Html:
+    """Lengths of the task vectors as bars from zero."""
+    names = min(0.38 * width, max(map(text_width, norms), default=0) + 4)
+    left, right, high = names + 6, width - 52, max([*norms.values(), 1e-12])
+    parts: list[Html] = []
+    for i, (name, value) in enumerate(norms.items()):
+        y = 4 + ROW * (i + 0.5)
+        parts.append(text(left - 6, y + 4, clip(name, names), "label", "end"))
+        parts.append(rect(left, y - 5, (right - left) * value / high, 10, "bar", f"{name}: {value:.4g}"))
+        parts.append(text(width - 4, y + 4, f"{value:.3g}", "value", "end"))
+    label = "Norms: " + ", ".join(f"{name} {value:.3g}" for name, value in norms.items())
+    return chart(width, 8 + ROW * len(norms), label, *parts)
