@@ -60,6 +60,11 @@ class Checkpoint(Weights):
         tensor: Tensor = handle.get_tensor(name) if rows == ALL else handle.get_slice(name)[rows]
         return tensor
 
+    @property
+    def fingerprint(self) -> str:
+        """Sizes and times of the files."""
+        return ",".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in self.files)
+
     @cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 by file name."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from calmerge._checkpoint import Source, open_checkpoint
+from calmerge._checkpoint import Checkpoint, Source, open_checkpoint
 from calmerge._errors import CheckpointError, UsageError, did_you_mean
 from calmerge._weights import ALL, Computed, Memo, Spec, StateDict, Weights
 
@@ -21,6 +23,7 @@ class TaskVectors(Weights):
         tasks: names of the experts, in the order of the first dimension.
         base: all tensors of the base.
         specs: the tensors that are merged, with the shape that one expert has.
+        experts: by task, all tensors of that expert under the base's names.
         heads: by task, the tensors which that expert has for itself, under the expert's own names.
         skipped: tensors of the base that are copied as they are, with the reason.
     """
@@ -33,11 +36,13 @@ class TaskVectors(Weights):
         tasks: Sequence[str],
         base: Weights,
         *,
+        experts: Mapping[str, Weights],
         heads: Mapping[str, Weights] | None = None,
         skipped: Mapping[str, str] | None = None,
     ) -> None:
         self._source, self.tasks, self.base = source, tuple(tasks), base
         self.specs, self.elementwise = source.specs, source.elementwise
+        self.experts = dict(experts)
         self.heads = dict(heads or {})
         self.skipped = dict(skipped or {})
 
@@ -87,10 +92,45 @@ class TaskVectors(Weights):
         """
         return self.only([task]).reduce(lambda tau, site: tau[0])
 
+    def to(self, device: torch.device) -> "TaskVectors":
+        """The task vectors computed where `device` says.
+
+        >>> tvs = task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}})
+        >>> tvs.to(torch.device("cpu")) is tvs
+        True
+        """
+        if device.type == "cpu":
+            return self
+        return self.transform(lambda tau, site: tau.to(device))
+
+    def spill(self, folder: Path) -> "TaskVectors":
+        """The same task vectors, computed once and read from a file in `folder` from then on (T x P float32 numbers).
+
+        >>> import tempfile; from pathlib import Path
+        >>> tvs = task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tvs.transform(lambda tau, site: 3 * tau).spill(Path(folder))["w"]
+        tensor([[3., 3.]])
+        """
+        files = []
+        for i, name in enumerate(self.specs):
+            files.append(folder / f"{i}.safetensors")
+            save_file({name: self.read(name).cpu().contiguous()}, files[-1])
+        return self._with(_Rows(Checkpoint(files, label="spilled task vectors"), self.specs)).to(self._device())
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when base or experts do: from sizes and times of files, or from some of the values."""
+        return "/".join(w.fingerprint for w in (self.base, *self.experts.values()))
+
+    def _device(self) -> torch.device:
+        return self.read(min(self.specs, key=lambda n: self.specs[n].numel)).device
+
     def _with(self, source: Weights, tasks: Sequence[str] | None = None) -> "TaskVectors":
         tasks = self.tasks if tasks is None else tasks
+        experts = {t: self.experts[t] for t in tasks}
         heads = {t: self.heads[t] for t in tasks if t in self.heads}
-        return TaskVectors(source, tasks, self.base, heads=heads, skipped=self.skipped)
+        return TaskVectors(source, tasks, self.base, experts=experts, heads=heads, skipped=self.skipped)
 
 
 def task_vectors(
@@ -151,11 +191,25 @@ def task_vectors(
         for task, weights in opened.items()
     }
     deltas = _Deltas(opened_base, list(opened.items()), merged)
-    return TaskVectors(deltas, list(experts), opened_base, heads=per_task, skipped=skipped)
+    return TaskVectors(deltas, list(experts), opened_base, experts=opened, heads=per_task, skipped=skipped)
 
 
 class _Stacked(Computed):
     row_dim = 1
+
+
+class _Rows(Weights):
+    """Stacks [T, ...] that lie in files, read whole and then cut along the tensors' own first dimension."""
+
+    row_dim = 1
+    elementwise = False
+
+    def __init__(self, stacks: Weights, specs: Mapping[str, Spec]) -> None:
+        self._stacks, self.specs = stacks, specs
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        stack = self._stacks.read(name)
+        return stack if rows == ALL else stack[:, rows]
 
 
 class _Deltas(Weights):
@@ -261,6 +315,10 @@ class _Renamed(Weights):
         self.source, self.names = source, dict(names)
         self.specs = {new: source.specs[old] for new, old in names.items()}
         self.elementwise = source.elementwise
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         return self.source.read(self.names[name], rows, memo)

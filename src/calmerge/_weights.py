@@ -1,5 +1,6 @@
 """Named tensors that are read, or computed, when asked for: never all at once."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -85,6 +86,11 @@ class Weights(Mapping[str, Tensor]):
         """How many bytes all tensors take where they are stored."""
         return sum(spec.nbytes for spec in self.specs.values())
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the weights do, as far as that can be told without reading them."""
+        return _digest(sorted(self.specs.items()))
+
 
 class StateDict(Weights):
     """Tensors held in memory.
@@ -102,6 +108,12 @@ class StateDict(Weights):
         """The tensor itself, or a view of some of its rows."""
         tensor = self._tensors[name]
         return tensor if rows == ALL else tensor[rows]
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of up to 64 entries of every tensor."""
+        some = {n: t.detach().flatten()[:: max(1, t.numel() // 64)].tolist() for n, t in self._tensors.items()}
+        return _digest(sorted(some.items()))
 
 
 class Computed(Weights):
@@ -140,6 +152,10 @@ class Computed(Weights):
                 tensors = [w.read(name, rows, memo) for w in self._inputs]
                 memo[key] = self._fn(*tensors, Site(name, (rows.start or 0) * row_size(self.specs[name])))
         return memo[key]
+
+
+def _digest(content: object) -> str:
+    return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
 def row_size(spec: Spec) -> int:

@@ -35,7 +35,7 @@ def ties(
     Source: Yadav, Tam, Choshen, Raffel, Bansal, "TIES-Merging: Resolving Interference When Merging Models",
     NeurIPS 2023; prateeky2806/ties-merging (BSD-3-Clause).
     Differences: as the official code, the threshold is global, k = d - int(d K) counts from the smallest, entries equal
-    to it stay, and a sum of 0 takes the model's majority sign. keep = 1 is accepted (the official parser reads it as 1 %).
+    to it stay, and a sum of 0 takes the model's majority sign. keep = 1 keeps all (the official parser fails on it).
     """
     trimmed = trim(tvs, keep=keep)
     merged = disjoint(trimmed, elect(trimmed), combine=combine)

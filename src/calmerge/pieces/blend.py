@@ -1,6 +1,6 @@
 """Weighted sums of task vectors, in one fixed order."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -20,12 +20,12 @@ def summed(tau: Tensor) -> Tensor:
     return result
 
 
-def blend(tvs: TaskVectors, coefficients: Tensor | Mapping[str, Tensor]) -> Weights:
+def blend(tvs: TaskVectors, coefficients: Tensor | Callable[[str], Tensor]) -> Weights:
     """One delta, delta(l) = sum_t lambda[t, l] tau_t(l), with gradients flowing to the coefficients.
 
     Args:
         tvs: task vectors.
-        coefficients: lambda, of shape [T] (one for each task), or by tensor name, each of shape [T].
+        coefficients: lambda, of shape [T], the same for all tensors, or a function from a tensor's name to such.
 
     >>> from calmerge import task_vectors
     >>> tvs = task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}})
@@ -34,7 +34,7 @@ def blend(tvs: TaskVectors, coefficients: Tensor | Mapping[str, Tensor]) -> Weig
     """
 
     def weighted(tau: Tensor, site: Site) -> Tensor:
-        lam = coefficients if isinstance(coefficients, Tensor) else coefficients[site.name]
+        lam = coefficients(site.name) if callable(coefficients) else coefficients
         result = tau[0] * lam[0]
         for t in range(1, len(tau)):
             result = result + tau[t] * lam[t]

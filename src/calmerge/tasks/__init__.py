@@ -1,1 +1,1 @@
-
+"""Models and their tasks."""

@@ -1,0 +1,193 @@
+"""The one optimisation loop: every method that learns by gradient is a call of `fit`."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calmerge._errors import FitError, UsageError
+from calmerge._run import Run
+from calmerge._weights import Weights
+from calmerge.tasks.base import Gradient
+
+Params = Mapping[str, Tensor]
+SAVE_EVERY = 20.0  # seconds between two saved states
+
+
+@dataclass
+class Fitted:
+    """Parameters after the last update, and the loss by task at every update."""
+
+    params: dict[str, Tensor]
+    loss: dict[str, list[float]] = field(default_factory=dict)
+    observed: dict[str, list[float]] = field(default_factory=dict)
+
+
+def fit(
+    merged: Callable[[Params], Weights],
+    start: Params,
+    gradient: Gradient,
+    *,
+    base: Weights,
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    steps: int,
+    penalty: Callable[[str, Params], Tensor] | None = None,
+    observe: Callable[[Params], Mapping[str, float]] | None = None,
+    run: Run | None = None,
+    label: str = "fitting",
+    key: str = "",
+) -> Fitted:
+    """The parameters after `steps` updates on Loss(theta_0 + merged(params)) + penalty.
+
+    Each update materialises theta = theta_0 + merged(params) without a graph, takes one ordinary backward pass of the
+    model to dLoss/dtheta, and pulls it back to the parameters tensor by tensor through the lazy merge:
+
+        dLoss/dparams = sum_l (d delta_l / dparams)^T dLoss/dtheta_l
+
+    Held in memory: theta, dLoss/dtheta and the parameters with what the optimizer keeps for them; of the experts no
+    more than one tensor at a time.
+
+    Args:
+        merged: from parameters to a delta, lazy and differentiable; what it does to the parameters it does when a
+            tensor is read, so that every tensor has a graph of its own.
+        start: parameters before the first update; not changed.
+        gradient: adds dLoss/dtheta to each tensor's `.grad` and tells the loss by task.
+        base: theta_0.
+        optimizer: from the list of parameters to a torch optimizer, e.g. `partial(torch.optim.Adam, lr=1e-3)`.
+        steps: number of updates.
+        penalty: by tensor name, what is added to the loss for it.
+        observe: numbers to keep, asked for after every update.
+        run: where progress is told, and where the state is kept so that an interrupted fit goes on and ends the same.
+        label: names the progress bar and the state's file.
+        key: describes everything that decides the result; a saved state with another key is refused.
+
+    Raises:
+        FitError: a loss or a gradient is not finite.
+        UsageError: the saved state belongs to other settings.
+
+    >>> from functools import partial
+    >>> from calmerge import StateDict
+    >>> base = StateDict({"w": torch.tensor([0.0])})
+    >>> def gradient(theta, step):          # Loss = (w - 3)^2 / 2
+    ...     (theta["w"] - 3).square().sum().div(2).backward()
+    ...     return {"toy": 0.0}
+    >>> merged = lambda p: StateDict({"w": p["scale"] * torch.tensor([1.0])})
+    >>> sgd = partial(torch.optim.SGD, lr=0.5)
+    >>> fit(merged, {"scale": torch.tensor(0.0)}, gradient, base=base, optimizer=sgd, steps=2).params["scale"]
+    tensor(2.2500)
+    """
+    run = run or Run()
+    params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
+    optim = optimizer(list(params.values()))
+    state = run.folder / f"{label.replace(' ', '-')}.state.pt" if run.folder else None
+    fitted, first = Fitted(params), 0
+    if state and state.is_file():
+        first = _load(state, key, params, optim, fitted)
+    theta = empty(merged(params), next(iter(params.values())).device)
+    saved = time.monotonic()
+    with run.progress.track(label, steps, "update") as bar:
+        bar.advance(first)
+        for step in range(first, steps):
+            delta = merged(params)
+            write(theta, base, delta)
+            losses = gradient(theta, step)
+            _pull_back(delta, theta, params, penalty)
+            _check(params, step)
+            optim.step()
+            optim.zero_grad()
+            for task, loss in losses.items():
+                fitted.loss.setdefault(task, []).append(loss)
+            for name, value in (observe(params) if observe else {}).items():
+                fitted.observed.setdefault(name, []).append(value)
+            bar.advance(1, loss=sum(losses.values()))
+            if state and (time.monotonic() - saved > SAVE_EVERY or step + 1 == steps):
+                _save(state, key, params, optim, fitted, step + 1)
+                saved = time.monotonic()
+    fitted.params = {name: p.detach() for name, p in params.items()}
+    return fitted
+
+
+def empty(weights: Weights, device: torch.device) -> dict[str, Tensor]:
+    """Room for the tensors of `weights`, float32, not initialised.
+
+    >>> from calmerge import StateDict
+    >>> empty(StateDict({"w": torch.ones(2, 3)}), torch.device("cpu"))["w"].shape
+    torch.Size([2, 3])
+    """
+    return {name: torch.empty(spec.shape, device=device) for name, spec in weights.specs.items()}
+
+
+def write(theta: Mapping[str, Tensor], base: Weights, delta: Weights) -> None:
+    """theta = theta_0 + delta, written into the tensors of `theta`, whose gradients are cleared.
+
+    >>> from calmerge import StateDict
+    >>> theta = {"w": torch.empty(2)}
+    >>> write(theta, StateDict({"w": torch.ones(2)}), StateDict({"w": torch.tensor([0.5, 1.0])}))
+    >>> theta["w"]
+    tensor([1.5000, 2.0000], requires_grad=True)
+    """
+    with torch.no_grad():
+        for name, tensor in theta.items():
+            tensor.copy_(base.read(name)).add_(delta.read(name))
+            tensor.grad = None
+            tensor.requires_grad_()
+
+
+def _pull_back(
+    delta: Weights, theta: Mapping[str, Tensor], params: Params, penalty: Callable[[str, Params], Tensor] | None
+) -> None:
+    for name, tensor in theta.items():
+        terms = []
+        if tensor.grad is not None:
+            value = delta.read(name)
+            if value.requires_grad:
+                terms.append((value * tensor.grad).sum())
+        if penalty is not None:
+            term = penalty(name, params)
+            if term.requires_grad:
+                terms.append(term)
+        if terms:
+            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+        tensor.grad = None  # freed as soon as it is used
+
+
+def _check(params: Params, step: int) -> None:
+    for name, p in params.items():
+        if p.grad is not None and not torch.isfinite(p.grad.sum()):
+            raise FitError(
+                f"update {step + 1}: the gradient of '{name}' is not finite. A smaller step size, or float32 instead "
+                "of a lower precision, keeps it finite."
+            )
+
+
+def _save(path: Path, key: str, params: Params, optim: torch.optim.Optimizer, fitted: Fitted, step: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(
+        {
+            "key": key,
+            "params": dict(params),
+            "optimizer": optim.state_dict(),
+            "loss": fitted.loss,
+            "observed": fitted.observed,
+            "step": step,
+        },
+        partial,
+    )
+    os.replace(partial, path)
+
+
+def _load(path: Path, key: str, params: Params, optim: torch.optim.Optimizer, fitted: Fitted) -> int:
+    state = torch.load(path, weights_only=True)
+    if state["key"] != key:
+        raise UsageError(f"{path.parent} holds the state of another run. Name another folder, or delete this one.")
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(state["params"][name])
+    optim.load_state_dict(state["optimizer"])
+    fitted.loss, fitted.observed = state["loss"], state["observed"]
+    return int(state["step"])

@@ -1,0 +1,110 @@
+"""Which unlabelled examples take part, what they should come out as, and in which batches they come."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calmerge._random import permutation
+from calmerge.tasks.base import Batch, Batches
+
+Sampling = Literal["class_balanced", "plain", "all"]
+
+
+@dataclass(frozen=True)
+class Credible:
+    """Examples of one pool with the labels that the task's expert gives them.
+
+    Attributes:
+        indices: which examples of the pool, [n].
+        labels: their pseudo-labels, [n].
+        coverage: for each class how many examples were predicted as it, and how many of these were kept: [classes, 2].
+    """
+
+    indices: Tensor
+    labels: Tensor
+    coverage: Tensor
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """The prediction entropy of every example in nats, float64: H_i = -sum_c p_ic ln(p_ic + 1e-9).
+
+    Probabilities come from a log-softmax, so that large logits do not overflow as in the official code.
+
+    >>> entropies(torch.tensor([[5.0, 0.0], [900.0, 899.0]])).round(decimals=4)
+    tensor([0.0402, 0.5822], dtype=torch.float64)
+    """
+    p = logits.double().log_softmax(1).exp()
+    return -(p * (p + 1e-9).log()).sum(1)
+
+
+def credible(logits: Tensor, *, ratio: float = 0.9, sampling: Sampling = "class_balanced") -> Credible:
+    """The examples whose expert predictions have the lowest entropy, with these predictions as labels.
+
+    Class-balanced: in every group of one pseudo-label the floor(ratio * group size) examples of lowest entropy; a class
+    predicted once therefore keeps none at ratio 0.9. Plain: the floor(ratio * n) of lowest entropy of all.
+    All: everything.
+
+    Args:
+        logits: of the task's own expert over its pool, [n, classes].
+        ratio: share kept, in (0, 1].
+        sampling: `class_balanced`, `plain` or `all`.
+
+    >>> logits = torch.tensor([[5.0, 0], [4, 0], [3, 0], [2, 0], [1, 0], [0, 0.5], [0, 0.4]])
+    >>> credible(logits, ratio=0.5, sampling="plain").indices, credible(logits, ratio=0.5).indices
+    (tensor([0, 1, 2]), tensor([0, 1, 5]))
+
+    Source: Yan et al., "CALM: Consensus-Aware Localized Merging for Multi-Task Learning", ICML 2025.
+    """
+    labels = logits.argmax(1)
+    order = entropies(logits).argsort(stable=True)
+    classes = logits.shape[1]
+    predicted = torch.bincount(labels, minlength=classes)
+    if sampling == "all":
+        chosen = torch.arange(len(logits))
+    elif sampling == "plain":
+        chosen = order[: int(ratio * len(logits))]
+    else:
+        groups = [order[labels[order] == c] for c in range(classes)]
+        chosen = torch.cat([group[: int(ratio * len(group))] for group in groups])
+    indices = chosen.sort().values
+    kept = torch.bincount(labels[indices], minlength=classes)
+    return Credible(indices, labels[indices], torch.stack([predicted, kept], 1))
+
+
+def shuffled(
+    pools: Mapping[str, Tensor | Credible],
+    *,
+    size: int,
+    count: int,
+    fresh: bool = False,
+    seed: object = 0,
+) -> Batches:
+    """For every update and task, the first `count` batches of a new shuffle of the task's pool.
+
+    Args:
+        pools: by task, credible examples, or bare indices without targets.
+        size: examples per batch; the last batch of a small pool is shorter.
+        count: batches per task and update; fewer where the pool has fewer.
+        fresh: draw every batch from a shuffle of its own, so that a small pool still gives `count` batches.
+        seed: with the task's name and the number of the update it decides the shuffle.
+
+    >>> batches = shuffled({"cars": torch.arange(5)}, size=3, count=2)
+    >>> [len(batch.indices) for batch in batches(0)]
+    [3, 2]
+    """
+
+    def of(step: int) -> Iterator[Batch]:
+        for task, pool in pools.items():
+            indices = pool.indices if isinstance(pool, Credible) else pool
+            for b in range(count):
+                if fresh:
+                    picked = permutation(len(indices), seed, "batch", task, step, b)[:size]
+                else:
+                    picked = permutation(len(indices), seed, "batch", task, step)[b * size : (b + 1) * size]
+                if len(picked):
+                    yield Batch(task, indices[picked], pool.labels[picked] if isinstance(pool, Credible) else None)
+
+    return of
