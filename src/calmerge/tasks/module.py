@@ -1,0 +1,68 @@
+"""Any torch module as a model of several tasks."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from calmerge._errors import DataError
+
+Head = Callable[[Tensor], Tensor]
+
+
+class ModuleModel:
+    """A `torch.nn.Module` whose features a head per task turns into class scores.
+
+    logits = head_t(module(inputs; weights))
+
+    Args:
+        module: the backbone; weights that are not merged keep the values it holds. It is put into evaluation mode.
+        heads: by task, a module or function from features to class scores, which is never changed; None if the module
+            gives class scores itself.
+        device: where the heads are put; the module follows the weights it is called with.
+
+    Inputs that are a mapping become keyword arguments, a tuple or list positional ones. What the module returns may be
+    a tensor or carry one as `.logits`.
+
+    >>> model = ModuleModel(torch.nn.Linear(2, 3, bias=False), {"cars": torch.nn.Identity()})
+    >>> model.logits({"weight": torch.ones(3, 2)}, torch.ones(1, 2), "cars")
+    tensor([[2., 2., 2.]])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        heads: Mapping[str, Head] | None = None,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self._module = module.to(device).eval()
+        self._heads = dict(heads) if heads is not None else None
+        for head in (self._heads or {}).values():
+            if isinstance(head, nn.Module):
+                head.to(device).eval().requires_grad_(False)
+
+    def logits(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Tensor:
+        """Class scores [n, classes].
+
+        Raises:
+            DataError: the task has no head.
+        """
+        args, kwargs = _arguments(inputs)
+        output = functional_call(self._module, dict(weights), args, kwargs)
+        features: Tensor = getattr(output, "logits", output)
+        if self._heads is None:
+            return features
+        if task not in self._heads:
+            raise DataError(f"task '{task}' has no head; heads are given for {', '.join(self._heads)}.")
+        return self._heads[task](features)
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
