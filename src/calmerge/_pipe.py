@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from calmerge._errors import did_you_mean
@@ -41,11 +42,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a pipe gets from outside: the data, the run, and the seed of steps that name none."""
+    """What a pipe gets from outside: data, the run, the seed of steps that name none, and where paths start."""
 
     tasks: Any = None
     run: Any = None
     seed: int | None = None
+    folder: Path = Path()
 
 
 def read_pipe(node: Node, problems: list[str]) -> tuple[Step, ...]:
@@ -187,8 +189,13 @@ def _call(step: Step, methods: Methods, surroundings: Surroundings) -> Callable[
     known = options_of(fn)
     options: dict[str, Any] = {}
     for key, node in step.options.items():
-        is_pipe = known[key].takes_merge and isinstance(node.value, (str, list, dict))
-        options[key] = build_pipe(read_pipe(node, []), methods, surroundings) if is_pipe else node.plain()
+        value = node.plain()
+        if known[key].takes_merge and isinstance(value, (str, list, dict)):
+            options[key] = build_pipe(read_pipe(node, []), methods, surroundings)
+        elif known[key].takes_path and isinstance(value, str):
+            options[key] = surroundings.folder / Path(value).expanduser()
+        else:
+            options[key] = value
     if "seed" in known and "seed" not in options and surroundings.seed is not None:
         options["seed"] = surroundings.seed
     for name in PROVIDED:

@@ -189,7 +189,7 @@ def read_suite(
     if not node.is_mapping():
         problems.append(f"{node.where}: a suite is a mapping with the keys suite, version, model, base, tasks.")
         return None
-    lines = dict(_lines(node, ""))
+    lines = dict(lines_of(node, ""))
     parts: dict[str, Any] = {key: part.plain() for key, part in node.items()}
     if isinstance(parts.get("base"), str):
         parts["base"] = located(parts["base"], folder, never_hub=embedded)
@@ -208,7 +208,7 @@ def read_suite(
     for task in tasks.values():
         if task.test is None:
             problems.append(f"{lines['tasks.' + task.name]}: task '{task.name}' needs a test split for its score.")
-        _check_splits(task, lines, parts.get("transductive") is True, problems)
+        check_splits(task, lines, parts.get("transductive") is True, problems)
     if len(problems) > before:
         return None
     parts["name"] = parts.pop("suite")
@@ -266,6 +266,31 @@ def read_model(node: Node, problems: list[str]) -> Model | None:
     faults = check(Model, node.plain(), node.lines(), name="model", noun="key")  # type: ignore[arg-type]
     problems += faults
     return None if faults else Model(**node.plain())  # type: ignore[arg-type]
+
+
+def check_splits(task: SuiteTask, lines: Mapping[str, str], transductive: bool, problems: list[str]) -> None:
+    """Sentences on splits that must differ and do not."""
+    if task.test is None:
+        return
+    at = f"tasks.{task.name}."
+    if task.pool == task.test and not transductive:
+        problems.append(
+            f"{lines[at + 'pool']}: task '{task.name}' has its test split as pool, so methods would learn from the "
+            "inputs they are tested on. Name another pool, or state 'transductive: true' at the top of the file."
+        )
+    for split in ("train", "validation"):
+        if getattr(task, split) == task.test:
+            problems.append(
+                f"{lines[at + split]}: task '{task.name}' has its test split as {split} too; scores would mean "
+                "nothing. Name another."
+            )
+
+
+def lines_of(node: Node, path: str) -> Iterator[tuple[str, str]]:
+    """Place by dotted path, of everything below a node."""
+    for key, part in node.items():
+        yield path + key, part.where
+        yield from lines_of(part, f"{path}{key}.")
 
 
 def located(text: str, folder: Path, *, never_hub: bool = False) -> Path | str:
@@ -333,23 +358,6 @@ def _check_classes(classes: Any, entry: Node, label: str, problems: list[str]) -
         problems.append(f"{where}: {label} names the class '{twice}' twice.")
 
 
-def _check_splits(task: SuiteTask, lines: Mapping[str, str], transductive: bool, problems: list[str]) -> None:
-    if task.test is None:
-        return
-    at = f"tasks.{task.name}."
-    if task.pool == task.test and not transductive:
-        problems.append(
-            f"{lines[at + 'pool']}: task '{task.name}' has its test split as pool, so methods would learn from the "
-            "inputs they are tested on. Name another pool, or state 'transductive: true' at the top of the suite."
-        )
-    for split in ("train", "validation"):
-        if getattr(task, split) == task.test:
-            problems.append(
-                f"{lines[at + split]}: task '{task.name}' has its test split as {split} too; scores would mean "
-                "nothing. Name another."
-            )
-
-
 def _read_finetune(node: Node, problems: list[str]) -> "Finetune | None":
     from calmerge.suites.finetune import Finetune
 
@@ -371,12 +379,6 @@ def _check_methods(node: Node, methods: Methods | None, problems: list[str]) -> 
             problems.append(f"{options.where}: the options of {name} must be a mapping.")
             continue
         problems += check_pipe([Step(name, dict(options.items()), options.where)], methods)
-
-
-def _lines(node: Node, path: str) -> Iterator[tuple[str, str]]:
-    for key, part in node.items():
-        yield path + key, part.where
-        yield from _lines(part, f"{path}{key}.")
 
 
 def _find(name_or_path: str | Path) -> Path:

@@ -1,0 +1,320 @@
+"""Recipes: a merge written down as YAML, checked whole before anything is read, and turned into plain calls.
+
+A recipe adds no meaning of its own: `merge:` is a pipe of calls of the functions in `calmerge.methods`.
+docs/recipes.md describes the file.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from calmerge._errors import UsageError, did_you_mean
+from calmerge._pipe import Methods, Step, Surroundings, build_pipe, check_pipe, needs_tasks, read_pipe, walk
+from calmerge._signature import Seed, check, options_of, raise_together
+from calmerge._yaml import Data, Node, dump, from_data, load
+from calmerge.suites.suite import Suite, check_splits, lines_of, load_suite, located, read_model, read_tasks
+
+if TYPE_CHECKING:
+    from calmerge._run import Run
+    from calmerge._task_vectors import TaskVectors
+    from calmerge._weights import Weights
+    from calmerge.tasks.base import Tasks
+
+DType = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Out:
+    """Where the result goes.
+
+    Args:
+        path: a folder that does not exist yet; None if the command line says.
+        dtype: of the floating tensors; the base's own if None.
+        shard: largest size of one file, such as "5GB".
+    """
+
+    path: Path | None = None
+    dtype: DType | None = None
+    shard: str | int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A checked recipe.
+
+    Args:
+        base: path (absolute) or hub id of what the experts were fine-tuned from.
+        experts: path or hub id by task.
+        merge: the steps of the pipe.
+        exclude: shell patterns of tensors that are not merged.
+        heads: shell patterns of tensors that are kept per task although all have them in one shape.
+        tasks: the model's kind and the tasks' data, as a suite; None if the recipe has none.
+        seed: given to every step that has a seed and names none; None leaves their defaults.
+        out: where the result goes.
+        data: the recipe as it was written.
+        file: "recipe.yaml", for messages.
+        folder: where relative paths start.
+    """
+
+    base: Path | str
+    experts: Mapping[str, Path | str]
+    merge: Sequence[Step]
+    exclude: Sequence[str] = ()
+    heads: Sequence[str] = ()
+    tasks: Suite | None = None
+    seed: int | None = None
+    out: Out = field(default_factory=Out)
+    data: Mapping[str, Data] = field(repr=False)
+    file: str = "recipe"
+    folder: Path = Path()
+
+    def to_dict(self) -> dict[str, Data]:
+        """The recipe as plain data, as it was written; `recipe_from_dict` reads it back."""
+        return dict(self.data)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML."""
+        return dump(self.to_dict())
+
+    def needs_tasks(self, methods: Methods | None = None) -> bool:
+        """Whether a step, or a merge inside one, learns from data."""
+        table = _table(methods)
+        return any(needs_tasks(table[step.name]) for step in walk(self.merge, table))
+
+
+def load_recipe(path: str | Path, *, methods: Methods | None = None) -> Recipe:
+    """The recipe of a YAML file; relative paths in it start at its folder.
+
+    Args:
+        path: the file.
+        methods: functions by name; `calmerge.methods.METHODS` if not given.
+
+    Raises:
+        UsageError: the file is missing or no YAML, or the recipe has mistakes: all together, each with its line.
+    """
+    path = Path(path).expanduser()
+    return _read(load(path), path.name, path.resolve().parent, _table(methods))
+
+
+def recipe_from_dict(data: Mapping[str, Any], *, folder: str | Path = ".", methods: Methods | None = None) -> Recipe:
+    """The recipe of plain data; relative paths start at `folder`.
+
+    Raises:
+        UsageError: mistakes, all of them together, each with its place.
+    """
+    return _read(from_data(data, "recipe"), "recipe", Path(folder).resolve(), _table(methods))
+
+
+def build(
+    recipe: Recipe, *, methods: Methods | None = None
+) -> "Callable[[TaskVectors, Tasks | None, Run | None], Weights]":
+    """The function that a recipe describes: from task vectors, data and surroundings to a lazy delta.
+
+    >>> import torch; from calmerge import task_vectors
+    >>> data = {"base": "./base", "experts": {"a": "./a"}, "merge": [{"task_arithmetic": {"scale": 0.5}}]}
+    >>> tvs = task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}})
+    >>> build(recipe_from_dict(data))(tvs, None, None)["w"]
+    tensor([0.5000])
+    """
+    table = _table(methods)
+
+    def merge(tvs: "TaskVectors", tasks: "Tasks | None" = None, run: "Run | None" = None) -> "Weights":
+        if tasks is None and recipe.needs_tasks(table):
+            raise UsageError(f"{recipe.file}: the merge learns from data, but no tasks were handed in.")
+        surroundings = Surroundings(tasks, run, recipe.seed, recipe.folder)
+        delta: Weights = build_pipe(recipe.merge, table, surroundings)(tvs)
+        return delta
+
+    return merge
+
+
+def missing_inputs(recipe: Recipe) -> list[str]:
+    """One sentence for every local checkpoint of the recipe that is not there."""
+    named = {"base": recipe.base, **{f"expert '{name}'": at for name, at in recipe.experts.items()}}
+    return [
+        f"{recipe.file}: {what} is missing: {path}."
+        for what, path in named.items()
+        if isinstance(path, Path) and not path.exists()
+    ]
+
+
+# Reading -------------------------------------------------------------------------------------------------------
+
+
+def _keys_of_a_recipe(
+    *,
+    merge: Any,
+    base: str | None = None,
+    experts: Mapping[str, str] | None = None,
+    exclude: Sequence[str] = (),
+    heads: Sequence[str] = (),
+    model: Any = None,
+    tasks: Any = None,
+    transductive: bool = False,
+    seed: Seed | None = None,
+    out: Any = None,
+) -> None:
+    """The top level of the file, in a form that `check` can read."""
+
+
+def _read(node: Node, file: str, folder: Path, methods: Methods) -> Recipe:
+    if not node.is_mapping():
+        raise UsageError(f"{node.where}: a recipe is a mapping with the keys base, experts and merge.")
+    problems: list[str] = []
+    parts: dict[str, Any] = {key: part.plain() for key, part in node.items()}
+    _check_keys(node, parts, methods, problems)
+    experts = (
+        {name: located(at, folder) for name, at in (parts.get("experts") or {}).items() if isinstance(at, str)}
+        if isinstance(parts.get("experts"), dict)
+        else {}
+    )
+    base = located(parts["base"], folder) if isinstance(parts.get("base"), str) else None
+    suite = _read_tasks(node, file, folder, base, experts, methods, problems)
+    if suite is not None and "suite" in suite.data:  # a suite brings what the recipe leaves out
+        base = base or suite.base
+        experts = experts or suite.experts
+        parts = {"exclude": suite.exclude, "heads": suite.heads, **parts}
+    _check_inputs(node, base, experts, suite, problems)
+    if suite is not None:
+        tasks = {n: replace(suite.tasks[n], expert=at) for n, at in experts.items() if n in suite.tasks}
+        suite = replace(suite, base=base or suite.base, tasks=tasks)
+    steps: tuple[Step, ...] = ()
+    if node.get("merge") is not None:
+        steps = read_pipe(node.value["merge"], problems)
+        problems += check_pipe(steps, methods, has_tasks=node.get("tasks") is not None)
+    out = _read_out(node.get("out"), folder, problems)
+    raise_together(problems)
+    assert base is not None  # its absence is one of the problems
+    return Recipe(
+        base=base,
+        experts=experts,
+        merge=steps,
+        exclude=tuple(parts.get("exclude") or ()),
+        heads=tuple(parts.get("heads") or ()),
+        tasks=suite,
+        seed=parts.get("seed"),
+        out=out,
+        data=node.plain(),  # type: ignore[arg-type]
+        file=file,
+        folder=folder,
+    )
+
+
+def _check_keys(node: Node, parts: Mapping[str, Any], methods: Methods, problems: list[str]) -> None:
+    known = options_of(_keys_of_a_recipe)
+    for key, part in node.items():
+        owners = [name for name, fn in methods.items() if key in options_of(fn)]
+        if key not in known and owners:
+            problems.append(
+                f"{part.where}: '{key}' is an option of {' and '.join(owners[:2])}; write it there, as in "
+                f"merge: [{{{owners[0]}: {{{key}: {part.plain()}}}}}]."
+            )
+    parts = {k: v for k, v in parts.items() if k in known or not any(k in options_of(f) for f in methods.values())}
+    problems += check(_keys_of_a_recipe, parts, node.lines(), name="recipe", noun="key")
+
+
+def _check_inputs(
+    node: Node,
+    base: Path | str | None,
+    experts: Mapping[str, Path | str],
+    suite: Suite | None,
+    problems: list[str],
+) -> None:
+    if base is None and "base" not in node.value:
+        problems.append(f"{node.where}: recipe needs the key 'base': what the experts were fine-tuned from.")
+    if not experts:
+        given = node.get("experts")
+        if given is None:
+            problems.append(f"{node.where}: recipe needs the key 'experts', as in {{cars: ./cars, dtd: ./dtd}}.")
+        elif given.value is None or given.value == {}:
+            problems.append(f"{given.where}: 'experts' is empty; a merge needs at least one.")
+    if suite is not None and experts:
+        section = node.value["tasks"]
+        for name in experts:
+            if name not in suite.tasks:
+                problems.append(
+                    f"{section.where}: expert '{name}' has no task of that name. {did_you_mean(name, suite.tasks)}"
+                )
+        for name in suite.tasks:
+            if name not in experts and "suite" not in suite.data:
+                where = section.value[name].where
+                problems.append(f"{where}: task '{name}' has no expert. {did_you_mean(name, experts)}")
+
+
+def _read_tasks(
+    node: Node,
+    file: str,
+    folder: Path,
+    base: Path | str | None,
+    experts: Mapping[str, Path | str],
+    methods: Methods,
+    problems: list[str],
+) -> Suite | None:
+    """The suite that `tasks:` names, or one made of the tasks written there."""
+    section = node.get("tasks")
+    if section is None:
+        return None
+    name = section.get("suite")
+    if name is not None and isinstance(name.value, str):
+        for key, part in section.items():
+            if key != "suite":
+                problems.append(f"{part.where}: a suite brings its own tasks; remove '{key}', or the suite.")
+        try:
+            beside = folder / name.value
+            return load_suite(beside if beside.is_file() else name.value, methods=methods)
+        except UsageError as e:
+            problems.append(f"{name.where}: {e}")
+            return None
+    before = len(problems)
+    tasks = read_tasks(section, folder, problems, experts=experts)
+    given = node.get("model")
+    model = read_model(given, problems) if given is not None else None
+    stated = node.get("transductive")
+    transductive = stated is not None and stated.value is True
+    lines = dict(lines_of(section, "tasks."))
+    for task in tasks.values():
+        check_splits(task, lines, transductive, problems)
+    if given is None:
+        problems.append(
+            f"{section.where}: data need to know the model: add 'model: {{kind: sequence-classifier}}' to the recipe "
+            "(or image-classifier, or sentence-encoder)."
+        )
+    if len(problems) > before or model is None:
+        return None
+    return Suite(
+        name=Path(file).stem,
+        version=1,
+        title=file,
+        model=model,
+        base=base or "",
+        tasks=tasks,
+        transductive=transductive,
+        file=folder / file,
+        folder=folder,
+        data={},
+        lines=lines,
+    )
+
+
+def _read_out(node: Node | None, folder: Path, problems: list[str]) -> Out:
+    if node is None:
+        return Out()
+    plain = node.plain()
+    options = plain if isinstance(plain, dict) else {"path": plain}
+    lines = node.lines() if node.is_mapping() else {"": node.where}
+    faults = check(Out, options, lines, name="out", noun="key")
+    problems += faults
+    if faults:
+        return Out()
+    path = options.get("path")
+    return Out(**{**options, "path": folder / Path(str(path)).expanduser() if path else None})  # type: ignore[arg-type]
+
+
+def _table(methods: Methods | None) -> Methods:
+    if methods is not None:
+        return methods
+    from calmerge.methods import METHODS
+
+    table: Methods = METHODS
+    return table
