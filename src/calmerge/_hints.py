@@ -68,20 +68,20 @@ def fault_of(value: Any, hint: Any) -> str | None:
     >>> fault_of(1, float), fault_of(True, int)
     (None, 'must be a whole number, got True.')
     """
-    alternatives = alternatives(hint)
-    faults = [_fault_of_one(value, h) for h in alternatives]
+    members = alternatives(hint)
+    faults = [_fault_of_one(value, h) for h in members]
     if None in faults:
         return None
-    ranged = [f for h, f in zip(alternatives, faults, strict=True) if f and _right_type(value, h)]
+    ranged = [f for h, f in zip(members, faults, strict=True) if f and _right_type(value, h)]
     if ranged:
         return f"must {ranged[0]}"
-    if len(alternatives) == 1:
+    if len(members) == 1:
         return f"must {faults[0]}"
     advice = ""
-    choices = [c for h in alternatives if typing.get_origin(h) is Literal for c in typing.get_args(h)]
+    choices = [c for h in members if typing.get_origin(h) is Literal for c in typing.get_args(h)]
     if isinstance(value, str) and choices:
         advice = " " + did_you_mean(value, [str(c) for c in choices])
-    return f"must be {_join([_article(h) for h in alternatives])}, got {_show(value)}.{advice}"
+    return f"must be {_join([_article(h) for h in members])}, got {_show(value)}.{advice}"
 
 
 def describe(hint: Any, join: str = " | ") -> str:
