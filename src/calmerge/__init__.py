@@ -11,6 +11,7 @@ from calmerge._errors import (
     UsageError,
 )
 from calmerge._run import Run
+from calmerge._save import export, save
 from calmerge._task_vectors import Merge, TaskVectors, task_vectors
 from calmerge._weights import StateDict, Weights, add
 
@@ -28,6 +29,8 @@ __all__ = [
     "UsageError",
     "Weights",
     "add",
+    "export",
     "open_checkpoint",
+    "save",
     "task_vectors",
 ]

@@ -194,6 +194,18 @@ def task_vectors(
     return TaskVectors(deltas, list(experts), opened_base, experts=opened, heads=per_task, skipped=skipped)
 
 
+def own_names(tvs: TaskVectors, task: str) -> dict[str, str]:
+    """By name in the base, what one expert calls the tensor; tensors that it lacks or has a head for are left out.
+
+    >>> tvs = task_vectors({"w": torch.zeros(2)}, {"a": {"bert.w": torch.ones(2), "head": torch.ones(1)}})
+    >>> own_names(tvs, "a")
+    {'w': 'bert.w'}
+    """
+    expert = tvs.experts[task]
+    own = expert.names if isinstance(expert, _Renamed) else {n: n for n in expert}
+    return {name: own[name] for name in tvs.base if name in own and own[name] not in tvs.heads.get(task, {})}
+
+
 class _Stacked(Computed):
     row_dim = 1
 

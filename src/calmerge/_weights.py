@@ -1,7 +1,7 @@
 """Named tensors that are read, or computed, when asked for: never all at once."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -182,6 +182,15 @@ def blocks(weights: Weights, size: int = 2**18) -> Iterator[tuple[str, slice]]:
         else:
             for start in range(0, spec.shape[0], step):
                 yield name, slice(start, min(start + step, spec.shape[0]))
+
+
+def select(weights: Weights, names: Iterable[str]) -> Weights:
+    """Some of the tensors, in the order given.
+
+    >>> list(select(StateDict({"a": torch.zeros(1), "b": torch.zeros(1)}), ["b"]))
+    ['b']
+    """
+    return Computed(lambda w, site: w, (weights,), {name: weights.specs[name] for name in names})
 
 
 def add(base: Weights, delta: Weights, *, dtype: torch.dtype | None = None) -> Weights:

@@ -20,7 +20,7 @@ from calmerge._errors import UsageError
 from calmerge._measure import kth_magnitude
 from calmerge._run import Run
 from calmerge._task_vectors import materialise
-from calmerge._weights import Computed, Site, StateDict, Weights
+from calmerge._weights import Computed, Site, StateDict, Weights, select
 from calmerge.fitting.fit import Params, empty, fit, write
 from calmerge.fitting.objectives import pseudo_label
 from calmerge.pieces.mask import load_masks, save_masks, top_fraction
@@ -159,7 +159,7 @@ def start_logits(tau_k: Weights, names: Sequence[str], *, top: float, logit: flo
     >>> start_logits(tvs.of("a"), ["w"], top=0.5, logit=5.0)["w"]
     tensor([-5.,  5., -5., -5.])
     """
-    threshold = top_fraction(_some(tau_k, names), top)
+    threshold = top_fraction(select(tau_k, names), top)
     return {n: torch.where(tau_k.read(n).abs() > threshold, logit, -logit) for n in names}
 
 
@@ -268,10 +268,6 @@ def _histogram(force: Mapping[str, Tensor], lr: float) -> Histogram:
 
 def _pairwise(tau_u: Weights, tau_k: Weights, fn: Callable[[Tensor, Tensor, Site], Tensor]) -> Weights:
     return Computed(fn, (tau_u, tau_k), tau_u.specs, elementwise=False)
-
-
-def _some(weights: Weights, names: Sequence[str]) -> Weights:
-    return Computed(lambda w, site: w, (weights,), {n: weights.specs[n] for n in names})
 
 
 def _finish(folder: Path, key: str, merged: Weights, mask: Mapping[str, Tensor], record: CalmStage) -> None:

@@ -28,10 +28,12 @@ class Model:
     Args:
         kind: what the checkpoints are. `sentence-encoder` is an encoder with mean pooling, L2 norm and a linear head.
         max_tokens: longer texts are cut here; 128 if not given. Texts only.
+        autocast: `bfloat16` computes the model's matrix products in bfloat16; weights and gradients stay float32.
     """
 
     kind: Kind
     max_tokens: Count | None = None
+    autocast: Literal["none", "bfloat16"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
