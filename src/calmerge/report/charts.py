@@ -18,18 +18,18 @@ def summary_svg(report: Report, *, width: float = 640) -> str:
 
     It stands alone: its colours come with it and follow the reader's light or dark theme.
     """
-    drawing = summary_chart(report, width=width)
+    drawing = summary_chart(report, width=width, stamp=split_stamp(report))
     css = files("calmerge.report").joinpath("colours.css").read_text("utf-8")
     return drawing.replace(">", f">{el('style', Html(css.replace(':root', 'svg')))}", 1)
 
 
-def summary_chart(report: Report, *, width: float = 460) -> Html:
-    """The drawing of `summary_svg`, without colours of its own."""
+def summary_chart(report: Report, *, width: float = 420, stamp: str = "") -> Html:
+    """The drawing of `summary_svg`, without colours of its own; `stamp` is printed beside what is measured."""
     lines = [line_ for line_ in standings(report) if line_.mean and line_.method != "experts"]
     lines.sort(key=lambda found: -_level(found))
     names = min(0.4 * width, max((text_width(found.label) for found in lines), default=0) + 8)
-    left, right, top = names + 4, width - 92, 44.0
-    worsts = [found.worst[1] for found in lines if found.worst]
+    left, right, top = names + 4, width - 112, 26.0
+    worsts = [found.worst[1] for found in lines if found.worst and not found.is_reference]
     low, high = _range([_level(found) for found in lines] + worsts, bool(lines and lines[0].normalised_mean))
     bottom = top + ROW * 1.25 * len(lines)
 
@@ -37,12 +37,10 @@ def summary_chart(report: Report, *, width: float = 460) -> Html:
         return left + (right - left) * (value - low) / (high - low)
 
     what = "% of the experts' accuracy" if lines and lines[0].normalised_mean else "accuracy, %"
-    parts = [text(4, 16, f"{what} · {split_stamp(report)}", "note")]
-    parts += [text(width - 50, 34, "mean", "tick strong", "end"), text(width - 6, 34, "worst", "tick", "end")]
-    parts += [dot(left + 6, 30, "accent", r=4), text(left + 14, 34, "mean over tasks", "tick")]
-    if right - left > 200:
-        parts += [dot(left + 120, 30, "ring", r=4), text(left + 128, 34, "worst task", "tick")]
-    for tick in ticks(low, high, 5):
+    parts = [text(4, 16, f"{what}, {stamp}" if stamp else what, "note")]
+    parts += [dot(width - 98, 12, "accent", r=4.5), text(width - 56, 16, "mean", "tick strong", "end")]
+    parts += [dot(width - 42, 12, "ring"), text(width - 6, 16, "worst", "tick", "end")]
+    for tick in ticks(low, high, 4):
         parts += [line(place(tick), top, place(tick), bottom)]
         parts += [text(place(tick), bottom + 15, f"{100 * tick:g}", "tick", "middle")]
     for i, found in enumerate(lines):
@@ -51,7 +49,7 @@ def summary_chart(report: Report, *, width: float = 460) -> Html:
         score, score_text = _level(found), f"{100 * _level(found):.1f}"
         strong = " strong" if style == "accent" else ""
         parts.append(text(left - 8, y + 4, clip(found.label, names), "label" + strong, "end"))
-        if found.worst:
+        if found.worst and not found.is_reference:
             hover = f"{found.label}, worst task {found.worst[0]}: {100 * found.worst[1]:.1f}"
             parts += [
                 line(place(found.worst[1]), y, place(score), y, "stem"),
@@ -59,7 +57,7 @@ def summary_chart(report: Report, *, width: float = 460) -> Html:
             ]
             parts += [text(width - 6, y + 4, f"{100 * found.worst[1]:.1f}", "value", "end")]
         parts.append(dot(place(score), y, style, f"{found.label}, mean: {score_text}", r=5))
-        parts.append(text(width - 50, y + 4, score_text, "value" + strong, "end"))
+        parts.append(text(width - 56, y + 4, score_text, "value" + strong, "end"))
     label = "Mean and worst task per method: " + ", ".join(f"{f.label} {100 * _level(f):.1f}" for f in lines)
     return chart(width, bottom + 24, label, *parts)
 
@@ -90,7 +88,7 @@ def task_chart(report: Report, task: str, *, width: float = 340) -> Html:
     base = next((found for found in evaluated if found.is_reference), None)
     everything = [_share(found, other.name) for found in evaluated for other in report.tasks]
     low, high = _range(everything, report.reference("experts") is not None)
-    names = min(0.38 * width, max((text_width(found.label, 10.5) for found in lines), default=0) + 4)
+    names = min(0.43 * width, max((text_width(found.label, 10.5) for found in lines), default=0) + 4)
     left, right, top = names + 6, width - 44, 4.0
     bottom = top + ROW * len(lines)
 

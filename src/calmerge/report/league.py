@@ -194,10 +194,10 @@ def headline(report: Report) -> str:
         return "No method has been evaluated."
     best, score, error = ranked[0], ranked[0].mean, ranked[0].error
     tasks = f"on average over {len(report.tasks)} tasks" if len(report.tasks) > 1 else f"on {report.tasks[0].name}"
-    asides = [f"{100 * best.normalised_mean.mean:.1f} % of the experts'"] if best.normalised_mean else []
-    asides += [f"{score.n} seeds"] if score.n > 1 else []
-    sentence = f"{best.label} reaches {score} % accuracy {tasks}" + (f" ({', '.join(asides)})" if asides else "")
-    sentence += "" if best.split == "none" else f", {best.split}"
+    share = f", {100 * best.normalised_mean.mean:.1f} % of what the experts reach" if best.normalised_mean else ""
+    asides = [best.split] * (best.split != "none") + [f"{score.n} seeds"] * (score.n > 1)
+    sentence = f"{best.label} leads with {score} % accuracy {tasks}{share}"
+    sentence += f" ({', '.join(asides)})" if asides else ""
     if len(ranked) == 1 or not ranked[1].mean:
         return sentence + "."
     lead = score.mean - ranked[1].mean.mean

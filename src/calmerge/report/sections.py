@@ -235,8 +235,10 @@ def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
 def fits(report: Report) -> Html:
     """How the fitted methods went: the first seed of each in full, further seeds folded away."""
     found = []
-    for label, rows in groupby((r for r in report.rows if r.trace), lambda r: r.label):
-        first, *more = rows
+    for line in standings(report):
+        if not (rows := [row for row in line.rows if row.trace]):
+            continue
+        label, first, *more = line.label, *rows
         found.append(el("h3", _run_name(label, first)))
         found.append(_trace(report, first))
         found += [el("details", el("summary", _run_name(label, row)), _trace(report, row)) for row in more]
@@ -248,7 +250,7 @@ def _run_name(label: str, row: Row) -> str:
 
 
 def _trace(report: Report, row: Row) -> Html:
-    stamp = f"{row.split} · {row.data}" if row.split != "none" else row.data
+    stamp = row.split if row.split != "none" else row.data
     match row.trace:
         case CalmTrace() as trace:
             return join(*calm(trace, stamp))
@@ -293,8 +295,8 @@ def _stage_figures(stage: CalmStage, stamp: str) -> Iterator[Html]:
         above = sum(count for low, high, count in stage.histogram.bins() if math.sqrt(low * high) > stage.threshold)
         share = 100 * above / max(1, stage.histogram.total)
         drawing = log_histogram(stage.histogram, stage.threshold, label="Histogram of F at the first update")
-        caption = f"{share:.2g} % of the entries start beyond the threshold (coloured bins)."
-        yield figure("Force F on the mask, first update", drawing, caption, stamp=stamp)
+        caption = f"F pulls a mask entry open. {share:.2g} % of the entries lie beyond the threshold (coloured bins)."
+        yield figure("Force F at the first update", drawing, caption, stamp=stamp)
     if stage.density:
         names, shares = [d.name for d in stage.density], [d.share for d in stage.density]
         drawing = tensor_bars(names, shares, label=f"Share taken from {stage.task} per tensor")

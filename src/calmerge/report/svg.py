@@ -180,7 +180,7 @@ def strip(
 ) -> Html:
     """A wide matrix of thin cells without numbers: `values[i][j]` of `rows[i]` and tensor `columns[j]`, by layer."""
     left = min(110, max(map(text_width, rows), default=0)) + 8
-    cell, step = 20.0, max(8.0, min(40.0, 640 / max(1, len(columns))))
+    cell, step = 20.0, max(8.0, min(40.0, 1000 / max(1, len(columns))))
     parts = [text(left - 6, 4 + cell * (i + 0.7), clip(n, left - 8), "tick", "end") for i, n in enumerate(rows)]
     for i, row in enumerate(values):
         for j, value in enumerate(row):
@@ -204,7 +204,7 @@ def _layer_axis(names: Sequence[str], left: float, step: float, bottom: float) -
 def tensor_bars(names: Sequence[str], values: Sequence[float], *, label: str) -> Html:
     """One upright bar per tensor, a share in per cent, neighbours of one layer under one label."""
     left, top, height = 44.0, 10.0, 130.0
-    step = max(8.0, min(40.0, 640 / max(1, len(names))))
+    step = max(8.0, min(40.0, 1000 / max(1, len(names))))
     high = max([*values, 1e-6]) * 1.05
     parts: list[Html] = []
     for tick in ticks(0, 100 * high, 4):
@@ -278,7 +278,7 @@ def curves(
         if known:
             parts.append(el("path", el("title", f"{name}: last {last:.3g}"), d=path, class_=style))
             ends.append((known[-1][1], name, f"name f{k % SERIES}"))
-    ys = spaced([y for y, _, _ in ends], 12, top, bottom + 6)
+    ys = spaced([y for y, _, _ in ends], 12, top, bottom - 3)
     for y, (_, name, style) in zip(ys, ends, strict=True):
         parts.append(text(right + 6, y + 4, clip(name, 96, 10.5), style))
     parts += _update_axis(count, left, right, bottom, x_title)
@@ -337,7 +337,8 @@ def log_histogram(
         )
     powers = range(math.ceil(low_x), math.floor(high_x) + 1)
     for power in powers[:: max(1, math.ceil(len(powers) / 7))]:
-        parts.append(text(place(10.0**power), bottom + 15, f"{10.0**power:g}", "tick", "middle"))
+        if place(10.0**power) - text_width(f"{10.0**power:g}", 10.5) / 2 > left + apart:
+            parts.append(text(place(10.0**power), bottom + 15, f"{10.0**power:g}", "tick", "middle"))
     parts += [line(left, bottom, left + apart, bottom, "axis"), line(start, bottom, end, bottom, "axis")]
     if threshold > 0 and math.log10(threshold) > low_x:
         x = place(threshold)
