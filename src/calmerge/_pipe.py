@@ -219,7 +219,7 @@ def _first_hint(fn: Callable[..., Any]) -> str:
 
 def _type_name(hint: Any, fn: Callable[..., Any], name: str) -> str:
     """The bare name of an annotation, resolved or still text."""
-    if hint is None:
+    if hint in (None, Any):
         hint = getattr(fn, "__annotations__", {}).get(name, "")
     text = hint if isinstance(hint, str) else getattr(hint, "__name__", "")
     return str(text).rsplit(".", 1)[-1]

@@ -75,14 +75,15 @@ def options_of(fn: Callable[..., Any], provided: Collection[str] = ()) -> dict[s
 
 
 def hints_of(fn: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of ``fn``, resolved; empty if a name in them is unknown where ``fn`` was defined."""
+    """The annotations of ``fn``, resolved; where a name is unknown to its module, as they stand."""
     target: Any = fn.func if isinstance(fn, functools.partial) else fn
     if isinstance(target, type):
         target = inspect.getattr_static(target, "__init__")
     try:
         return typing.get_type_hints(target, include_extras=True)
-    except NameError:
-        return {}
+    except NameError:  # a name inside an alias such as Merge, or one imported for type checkers only
+        raw = inspect.get_annotations(target)
+        return {name: Any if isinstance(hint, str) else hint for name, hint in raw.items()}
 
 
 def check(
@@ -102,6 +103,7 @@ def check(
         provided: parameters that the caller fills in (``tasks``, ``run``): neither missing nor allowed.
         noun: what the messages call an option; in a file "key" may read better.
 
+    >>> from typing import Literal
     >>> def ties(tvs, *, keep: KeepFraction = 0.2, combine: Literal["mean", "sum"] = "mean"): ...
     >>> lines = {"": "recipe.yaml:8", "keep": "recipe.yaml:9"}
     >>> print(*check(ties, {"keep": 20, "combin": "sum"}, lines), sep=chr(10))
@@ -125,7 +127,8 @@ def check(
                 problems.append(f"{prefix}{name}.{key} {fault}")
     for option in known.values():
         if option.required and option.name not in options:
-            problems.append(f"{_prefix(lines.get('', ''))}{name} needs the option '{option.name}' ({option.type}).")
+            kind = "" if option.hint is Any else f" ({describe(option.hint, ' or ')})"
+            problems.append(f"{_prefix(lines.get('', ''))}{name} needs the {noun} '{option.name}'{kind}.")
     return problems
 
 

@@ -7,6 +7,7 @@ docs/recipes.md describes the file.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from calmerge._errors import UsageError, did_you_mean
@@ -145,14 +146,14 @@ def missing_inputs(recipe: Recipe) -> list[str]:
 def _keys_of_a_recipe(
     *,
     merge: Any,
-    base: str | None = None,
-    experts: Mapping[str, str] | None = None,
+    base: str = "",
+    experts: Mapping[str, str] = MappingProxyType({}),
     exclude: Sequence[str] = (),
     heads: Sequence[str] = (),
     model: Any = None,
     tasks: Any = None,
     transductive: bool = False,
-    seed: Seed | None = None,
+    seed: Seed = 0,
     out: Any = None,
 ) -> None:
     """The top level of the file, in a form that `check` can read."""

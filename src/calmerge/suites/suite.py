@@ -247,7 +247,7 @@ def read_tasks(
             if isinstance(parts.get(key), str):
                 parts[key] = located_data(parts[key], folder)
         if isinstance(parts.get("expert"), str):
-            parts["expert"] = located(parts["expert"], folder, never_hub=never_hub)
+            parts["expert"] = located(parts["expert"], folder, never_hub=never_hub or "train" in parts)
         provided = ["name"] if experts is None else ["name", "expert"]
         problems += check(SuiteTask, parts, entry.lines(), name=label, provided=provided, noun="key")
         _check_classes(parts.get("classes"), entry, label, problems)
@@ -296,7 +296,9 @@ def lines_of(node: Node, path: str) -> Iterator[tuple[str, str]]:
 
 
 def located(text: str, folder: Path, *, never_hub: bool = False) -> Path | str:
-    """Where a checkpoint is: a path made absolute, or the text itself if it can only be a hub id.
+    """Where a checkpoint is: a path made absolute, or the text itself if it is a hub id.
+
+    Text of the form of a hub id is one, unless a folder of its first part is there, or `never_hub` rules it out.
 
     >>> located("~/none", Path("/data")) == Path.home() / "none", located("google/vit-base", Path("/data"))
     (True, 'google/vit-base')
@@ -304,7 +306,8 @@ def located(text: str, folder: Path, *, never_hub: bool = False) -> Path | str:
     /data/vit /data/vit
     """
     path = folder / Path(text).expanduser()
-    if never_hub or path.exists() or not _HUB_ID.fullmatch(text):
+    begun = folder / Path(text).parts[0] if text else folder
+    if never_hub or begun.exists() or not _HUB_ID.fullmatch(text):
         return path
     return text
 
