@@ -17,10 +17,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 FLAGS += ["--hide-scrollbars", "--virtual-time-budget=5000", "--window-size=1400,1000", "--dump-dom"]
+# a window of Chromium is at least 500 pixels wide, a frame is not
 FRAME = """<!doctype html><body><script>
 addEventListener("message", (event) => { document.body.dataset.seen = event.data; });
-</script><iframe src="report.html" width="%d" height="900" style="border:0"></iframe></body>"""  # narrower than a window
+</script><iframe src="report.html" width="%d" height="900" style="border:0"></iframe></body>"""
 PROBE = """<script>
+document.querySelectorAll("details").forEach((part) => { part.open = true; });
 const button = [...document.querySelectorAll("table.league button")].find((b) => b.textContent === "time");
 const labels = () => [...document.querySelector("table.league").tBodies[1].rows].map((r) => r.cells[0].textContent);
 const outside = [], clash = [];

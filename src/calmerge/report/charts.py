@@ -39,7 +39,7 @@ def summary_chart(report: Report, *, width: float = 420, stamp: str = "") -> Htm
     what = "% of the experts' accuracy" if lines and lines[0].normalised_mean else "accuracy, %"
     parts = [text(4, 16, f"{what}, {stamp}" if stamp else what, "note")]
     parts += [dot(width - 98, 12, "accent", r=4.5), text(width - 56, 16, "mean", "tick strong", "end")]
-    parts += [dot(width - 42, 12, "ring"), text(width - 6, 16, "worst", "tick", "end")]
+    parts += [dot(width - 45, 12, "ring"), text(width - 6, 16, "worst", "tick", "end")]
     for tick in ticks(low, high, 4):
         parts += [line(place(tick), top, place(tick), bottom)]
         parts += [text(place(tick), bottom + 15, f"{100 * tick:g}", "tick", "middle")]
@@ -75,7 +75,7 @@ def _leader(lines: Sequence[Standing]) -> str | None:
 def _range(values: Sequence[float], with_expert: bool) -> tuple[float, float]:
     known = [value for value in values if math.isfinite(value)] + ([1.0] if with_expert else [])
     low, high = min(known, default=0.0), max(known, default=1.0)
-    return math.floor(20 * (low - 0.01)) / 20, math.ceil(50 * (high + 0.001)) / 50
+    return max(0.0, math.floor(20 * (low - 0.01)) / 20), math.ceil(50 * (high + 0.001)) / 50
 
 
 def task_chart(report: Report, task: str, *, width: float = 340) -> Html:
@@ -103,13 +103,14 @@ def task_chart(report: Report, task: str, *, width: float = 340) -> Html:
     best = max((_share(found, task) for found in lines), default=math.nan)
     for i, found in enumerate(lines):
         y, value = top + ROW * (i + 0.5), _share(found, task)
-        style = "accent" if found.label == _leader(lines) else "plain"
+        style = "accent" if found.label == _leader(lines) else "bar"
+        style = "below" if base and value < _share(base, task) else style
         strong = " strong" if math.isclose(value, best, abs_tol=1e-9) else ""
         parts.append(text(left - 6, y + 4, clip(found.label, names, 10.5), "name", "end"))
         if not math.isfinite(value):
             continue
         end, error, hover = place(value), _share_error(found, task), _hover(found, task)
-        parts.append(rect(min(start, end), y - 5, abs(end - start), 10, "bar" if style == "plain" else style, hover))
+        parts.append(rect(min(start, end), y - 5, abs(end - start), 10, style, hover))
         parts.append(line(place(value - error), y, place(value + error), y, "whisker"))
         parts.append(text(width - 4, y + 4, f"{100 * value:.1f}", "value" + strong, "end"))
     if base:

@@ -158,7 +158,8 @@ def _league_row(line: Standing, shown: Sequence[Column], best: dict[str, set[str
         key = None if value is None or math.isnan(value) else f"{value:.9g}"
         style = "words" if column in (WORST, DATA) else ""
         style += " best" if line.label in best[column.title] else ""
-        cells.append(el("td", column.text(line), class_=style.strip() or None, data_v=key))
+        hover = column.text(line) if column is WORST else None
+        cells.append(el("td", column.text(line), class_=style.strip() or None, data_v=key, title=hover))
     options = ", ".join(f"{name}={value}" for name, value in line.rows[0].options.items())
     name = el("th", LABEL.text(line), scope="row", title=options or None)
     return el("tr", name, *cells, class_="failed" if line.failures and not line.mean else None)
@@ -172,10 +173,10 @@ def per_task(report: Report) -> Html:
     titles = {task.name: task.title or task.name for task in report.tasks}
     stamp = split_stamp(report)
     figures = [figure(titles[task], task_chart(report, task), stamp=stamp) for task in titles]
-    words = (
-        "Per cent of the accuracy of the task's own expert (solid line). Bars start at the base with the experts' heads"
-        " (dashed line). Whiskers: one standard error from the number of test examples. All tasks share one axis."
-    )
+    words = "Per cent of the accuracy of the task's own expert (solid line). " if report.reference("experts") else ""
+    if report.reference("base"):
+        words += "Bars start at the base with the experts' heads (dashed line); orange ones fall short of it. "
+    words += "Whiskers: one standard error from the number of test examples. All tasks share one axis."
     return section("Task by task", el("p", words), grid(*figures), collapse(report, lines), id_="tasks")
 
 

@@ -161,7 +161,8 @@ def league_table(report: Report, *, width: int = 100) -> RenderableType:
             for start in range(0, len(tasks), per_table or 1)
         ]
     failures = (f"{line.label} failed: {reason}" for line in lines for reason in line.failures)
-    return Group(*tables, *(Text(failure, style="red") for failure in failures))
+    parts: list[RenderableType] = [part for table in tables for part in (table, "")]
+    return Group(*parts, *(Text(failure, style="red") for failure in failures))
 
 
 def _width(lines: Sequence[Standing], column: Column) -> int:
