@@ -129,6 +129,13 @@ def test_losses_that_are_not_finite_can_be_drawn(report: Report) -> None:
     assert "Stage 1" in html_page(Report.model_validate(fields))
 
 
+def test_expert_with_nothing_right_still_makes_a_page(report: Report) -> None:
+    rows = [row.model_dump() for row in report.rows]
+    rows[1]["scores"]["tweets"]["accuracy"] = 0.0
+    page = html_page(Report.model_validate(report.model_dump(by_alias=True) | {"rows": rows}))
+    assert "CALM leads" in page
+
+
 def test_summary_picture_is_wellformed_and_names_all_methods(report: Report) -> None:
     root = ElementTree.fromstring(summary_svg(report))
     texts = {text.text for text in root.iter("{http://www.w3.org/2000/svg}text")}

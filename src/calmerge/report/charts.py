@@ -26,7 +26,7 @@ def summary_svg(report: Report, *, width: float = 640) -> str:
 def summary_chart(report: Report, *, width: float = 420, stamp: str = "") -> Html:
     """The drawing of `summary_svg`, without colours of its own; `stamp` is printed beside what is measured."""
     lines = [line_ for line_ in standings(report) if line_.mean and line_.method != "experts"]
-    lines.sort(key=lambda found: -_level(found))
+    lines = sorted((found for found in lines if math.isfinite(_level(found))), key=lambda found: -_level(found))
     names = min(0.4 * width, max((text_width(found.label) for found in lines), default=0) + 8)
     left, right, top = names + 4, width - 112, 26.0
     worsts = [found.worst[1] for found in lines if found.worst and not found.is_reference]
@@ -85,7 +85,7 @@ def task_chart(report: Report, task: str, *, width: float = 340) -> Html:
     """
     evaluated = [found for found in standings(report) if found.tasks and found.method != "experts"]
     lines = [found for found in evaluated if not found.is_reference]
-    base = next((found for found in evaluated if found.is_reference), None)
+    base = next((found for found in evaluated if found.is_reference and math.isfinite(_share(found, task))), None)
     everything = [_share(found, other.name) for found in evaluated for other in report.tasks]
     low, high = _range(everything, report.reference("experts") is not None)
     names = min(0.43 * width, max((text_width(found.label, 10.5) for found in lines), default=0) + 4)
@@ -163,12 +163,17 @@ def coverage_chart(task: str, classes: dict[str, Coverage], *, width: float = 22
 def norm_chart(norms: dict[str, float], *, width: float = 340) -> Html:
     """Lengths of the task vectors as bars from zero."""
     names = min(0.38 * width, max(map(text_width, norms), default=0) + 4)
-    left, right, high = names + 6, width - 52, max([*norms.values(), 1e-12])
+    left, right, high = (
+        names + 6,
+        width - 52,
+        max([value for value in norms.values() if math.isfinite(value)] + [1e-12]),
+    )
     parts: list[Html] = []
     for i, (name, value) in enumerate(norms.items()):
         y = 4 + ROW * (i + 0.5)
         parts.append(text(left - 6, y + 4, clip(name, names), "label", "end"))
-        parts.append(rect(left, y - 5, (right - left) * value / high, 10, "bar", f"{name}: {value:.4g}"))
+        if math.isfinite(value):
+            parts.append(rect(left, y - 5, (right - left) * max(value, 0) / high, 10, "bar", f"{name}: {value:.4g}"))
         parts.append(text(width - 4, y + 4, f"{value:.3g}", "value", "end"))
     label = "Norms: " + ", ".join(f"{name} {value:.3g}" for name, value in norms.items())
     return chart(width, 8 + ROW * len(norms), label, *parts)

@@ -59,12 +59,12 @@ def normalised(accuracy: Mapping[str, float], experts: Mapping[str, float]) -> d
 
 
 def worst(values: Mapping[str, float]) -> tuple[str, float]:
-    """The task with the lowest value, the first of them if several share it.
+    """The task with the lowest value, the first of them if several share it; NaN only where there is nothing else.
 
     >>> worst({"cars": 0.9, "dtd": 0.7, "svhn": 0.7})
     ('dtd', 0.7)
     """
-    return min(values.items(), key=lambda item: item[1])
+    return min(values.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
 
 
 def standard_error(accuracy: float, n: int) -> float:

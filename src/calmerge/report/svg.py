@@ -314,7 +314,8 @@ def log_histogram(
     left, top, bottom, apart = 44.0, 26.0, height - 40, 34.0
     high = math.log10(max([*histogram.counts, histogram.non_positive, 10])) * 1.03
     low_x, high_x = math.log10(histogram.edges[0]), math.log10(histogram.edges[-1])
-    high_x = max(high_x, math.log10(threshold) + 0.1) if threshold > 0 else high_x
+    marked = 0 < threshold < math.inf
+    high_x = max(high_x, math.log10(threshold) + 0.1) if marked else high_x
     start, end = left + apart + 10, width - 10
 
     def place(value: float) -> float:
@@ -340,7 +341,7 @@ def log_histogram(
         if place(10.0**power) - text_width(f"{10.0**power:g}", 10.5) / 2 > left + apart:
             parts.append(text(place(10.0**power), bottom + 15, f"{10.0**power:g}", "tick", "middle"))
     parts += [line(left, bottom, left + apart, bottom, "axis"), line(start, bottom, end, bottom, "axis")]
-    if threshold > 0 and math.log10(threshold) > low_x:
+    if marked and math.log10(threshold) > low_x:
         x = place(threshold)
         words = f"flips: F > {threshold:.3g}"
         near_end = x + text_width(words, 10.5) > width
