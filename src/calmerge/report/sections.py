@@ -190,7 +190,8 @@ def collapse(report: Report, lines: Sequence[Standing]) -> Html:
     rows = (el("tr", el("th", label, scope="row"), *(el("td", percent(v)) for v in row)) for label, row in tops.items())
     table = el("table", el("thead", head), el("tbody", *rows))
     scroll = el("div", table, class_="scroll", tabindex=0, role="region", aria_label="Most predicted class")
-    return el("details", el("summary", "Share of predictions that fall on the most predicted class, %"), scroll)
+    title = el("summary", "Share of predictions that fall on the most predicted class, % ", _stamp(report))
+    return el("details", title, scroll)
 
 
 def _top_share(line: Standing, task: str) -> float | None:
