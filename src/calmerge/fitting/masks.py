@@ -152,15 +152,16 @@ def consensus_mask(
     return merged, mask, record
 
 
-def start_logits(tau_k: Weights, names: Sequence[str], *, top: float, logit: float) -> dict[str, Tensor]:
+def start_logits(tau_k: Weights, names: Sequence[str], *, top: float, logit: float) -> Weights:
     """One logit for each entry: `logit` where |tau_k| exceeds its floor(top * N)-th largest, else -`logit`.
 
     >>> tvs = task_vectors({"w": torch.zeros(4)}, {"a": {"w": torch.tensor([1.0, -4.0, 3.0, 2.0])}})
     >>> start_logits(tvs.of("a"), ["w"], top=0.5, logit=5.0)["w"]
     tensor([-5.,  5., -5., -5.])
     """
-    threshold = top_fraction(select(tau_k, names), top)
-    return {n: torch.where(tau_k.read(n).abs() > threshold, logit, -logit) for n in names}
+    maskable = select(tau_k, names)
+    threshold = top_fraction(maskable, top)
+    return maskable.map(lambda tau, site: torch.where(tau.abs() > threshold, logit, -logit))
 
 
 def _soft(tau_u: Weights, tau_k: Weights, rest: str, logits: Params) -> Weights:
