@@ -23,6 +23,7 @@ from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights, add
 from calmerge._yaml import Data, from_data
 from calmerge.fitting.fit import empty, write
+from calmerge.inspect import inspect_task_vectors
 from calmerge.methods import METHODS
 from calmerge.report import results
 from calmerge.report.league import mean, normalised
@@ -75,8 +76,8 @@ def run_bench(
 ) -> Report:
     """The report of a suite: base, experts, and every method, each with every seed if it draws anything.
 
-    Methods adapt on the tasks' unlabelled pools (or, where the suite says so, on the test inputs), numbers are chosen on
-    validation splits, and the test split is read once for each finished model, after its last update.
+    Methods adapt on the tasks' unlabelled pools (or, where the suite says so, on the test inputs), numbers are chosen
+    on validation splits, and the test split is read once for each finished model, after its last update.
     Finished rows are kept in `out/rows` and used again, so that an interrupted bench goes on.
 
     Args:
@@ -102,12 +103,13 @@ def run_bench(
     seeds = list(seeds)[: 1 if quick else None]
     tvs, opened = open_suite(suite, names=names, run=run)
     league = _League(suite, tvs, opened, out, run, quick)
+    skeleton = _report(suite, tvs, opened, seeds, quick, command)
     rows = league.references()
     for entry in entries:
         for seed in seeds if "seed" in options_of(METHODS[entry.method]) else [None]:
             rows.append(league.row(entry, seed, experts=rows[1].scores))
-            results.dump(_report(suite, tvs, opened, rows, seeds, quick, command), out / "report.json")
-    report = _report(suite, tvs, opened, rows, seeds, quick, command)
+            results.dump(skeleton.model_copy(update={"rows": list(rows)}), out / "report.json")
+    report = skeleton.model_copy(update={"rows": rows})
     results.dump(report, out / "report.json")
     write_html(report, out / "report.html")
     return report
@@ -260,7 +262,6 @@ def _report(
     suite: Suite,
     tvs: TaskVectors,
     tasks: Tasks,
-    rows: Sequence[Row],
     seeds: Sequence[int],
     quick: bool,
     command: str | None,
@@ -285,12 +286,11 @@ def _report(
             adapted_on="the test inputs, without labels"
             if suite.transductive
             else "a pool apart from the test split, without labels",
-            selection="options are the suite's; what is tuned is chosen on validation labels; the last update is reported",
+            selection="the suite's options; tuned ones by validation labels; the last update",
             notes=notes,
         ),
         tasks=[_info(suite, tasks, name) for name in tasks],
-        rows=list(rows),
-        analysis=_analysis(tvs),
+        analysis=inspect_task_vectors(tvs).analysis(),
     )
 
 

@@ -113,7 +113,7 @@ def calm(
     plan = _checked(groups, tvs) if groups else automatic_groups(tvs, tasks, pools, sequential, inner=inner)
     search = Search(lr, share, steps, batch, batches, regulariser, alpha, top, logit, tuple(frozen), rest, seed)
     key = json.dumps([plan, search, sampling, ratio]) + tvs.fingerprint
-    first, rest_of = _start(plan, paired=inner is None)
+    first, rest_of = _start(plan, paired=groups is not None and inner is None)
     tau_u: Weights = materialise((inner or task_arithmetic)(tvs.only(first)) if len(first) > 1 else tvs.of(first[0]))
     trace = CalmTrace(start=first, stages=[], samplers=_coverage(pools, tasks))
     for stage, task in enumerate(rest_of):
