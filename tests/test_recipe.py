@@ -175,7 +175,7 @@ def test_round_trip(tmp_path) -> None:
         ),
         ("  - 3", "recipe.yaml:4: a method's name was expected, got 3."),
         ("  []", "recipe.yaml:3: no method is given. Write a name, such as 'average'."),
-        ("  total\nseed: -1", "recipe.yaml:5: recipe.seed must lie in [0, 9.22337e+18], got -1."),
+        ("  total\nseed: -1", "recipe.yaml:5: recipe.seed must lie in [0, 2^63 - 1], got -1."),
         (
             "  total\nexperts: {}",
             "recipe.yaml:5: the key 'experts' was given before, on line 2. Remove one of the two.",

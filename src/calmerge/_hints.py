@@ -40,7 +40,8 @@ class Interval:
     def __str__(self) -> str:
         left = "(" if self.open_low or self.low == -math.inf else "["
         right = ")" if self.open_high or self.high == math.inf else "]"
-        return f"{left}{self.low:g}, {self.high:g}{right}"
+        high = "2^63 - 1" if self.high == 2**63 - 1 else f"{self.high:g}"
+        return f"{left}{self.low:g}, {high}{right}"
 
     def phrase(self) -> str:
         """What a value must do, to follow the word "must"."""

@@ -43,7 +43,7 @@ class Option:
     @property
     def range(self) -> str:
         """The range, e.g. ``(0, 1]``; empty if there is none."""
-        return " | ".join(str(i) for i in intervals(self.hint))
+        return " | ".join(str(i) for i in intervals(self.hint) if i != Interval())
 
     @property
     def takes_merge(self) -> bool:

@@ -1,0 +1,143 @@
+"""What `calmerge list` and `calmerge explain` say, read from the functions themselves: signature and docstring."""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from calmerge._errors import UsageError, did_you_mean
+from calmerge._pipe import PROVIDED, Methods, gives_task_vectors, needs_tasks, takes_merged
+from calmerge._signature import Option, name_of, options_of
+from calmerge._yaml import dump
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A method in words.
+
+    Attributes:
+        summary: what comes out, in one line.
+        formula: the formula and what else stands above the arguments.
+        options: name, type, range, default and meaning of each.
+        source: authors, title, venue, repository, and where calmerge differs.
+        data: what the method needs besides weights.
+        recipe: a recipe that calls it.
+    """
+
+    name: str
+    summary: str
+    formula: str
+    options: list[dict[str, str]]
+    source: str
+    data: str
+    recipe: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def explanation(name: str, methods: Methods | None = None) -> Explanation:
+    """The method called `name`, in words.
+
+    Raises:
+        UsageError: there is none.
+
+    >>> found = explanation("ties")
+    >>> found.options[0]["name"], found.options[0]["range"], found.options[0]["default"]
+    ('keep', '(0, 1]', '0.2')
+    """
+    methods = methods if methods is not None else _methods()
+    if name not in methods:
+        raise UsageError(f"no method is called '{name}'. {did_you_mean(name, methods)}")
+    fn = methods[name]
+    parts = _parts(fn)
+    return Explanation(
+        name=name,
+        summary=parts["summary"],
+        formula=parts["formula"],
+        options=[_option(o, parts["args"]) for o in options_of(fn, PROVIDED).values()],
+        source=parts["source"],
+        data=_data(fn),
+        recipe=_recipe(name, fn),
+    )
+
+
+def summaries(methods: Methods | None = None) -> list[dict[str, str]]:
+    """One row per method: name, data needed, what comes out, and what it does."""
+    methods = methods if methods is not None else _methods()
+    return [
+        {
+            "method": name,
+            "data": _data(fn),
+            "gives": "task vectors" if gives_task_vectors(fn) else "a model",
+            "summary": _parts(fn)["summary"],
+        }
+        for name, fn in methods.items()
+    ]
+
+
+def _methods() -> Methods:
+    from calmerge.methods import METHODS
+
+    table: Methods = METHODS
+    return table
+
+
+def _data(fn: Callable[..., Any]) -> str:
+    return "unlabelled" if needs_tasks(fn) else "none"
+
+
+def _option(option: Option, meanings: dict[str, str]) -> dict[str, str]:
+    default = option.default
+    shown = "required" if option.required else name_of(default) if callable(default) else str(default)
+    return {
+        "name": option.name,
+        "type": option.type,
+        "range": option.range,
+        "default": {"None": "-", "()": "-", "True": "true", "False": "false"}.get(shown, shown),
+        "meaning": meanings.get(option.name, ""),
+    }
+
+
+def _parts(fn: Callable[..., Any]) -> dict[str, Any]:
+    """The sections of a docstring that follows the house's template."""
+    text = inspect.getdoc(fn) or ""
+    summary, _, rest = text.partition("\n")
+    above = re.split(r"^(?:Args|Returns|Raises|>>>|Source|Differences)\b.*", rest, maxsplit=1, flags=re.MULTILINE)[0]
+    above = above.split("\n>>> ")[0]
+    args = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", rest, flags=re.MULTILINE)
+    source = re.search(r"^Source:(.*)", rest, flags=re.MULTILINE | re.DOTALL)
+    return {
+        "summary": summary.strip(),
+        "formula": above.strip(),
+        "args": _meanings(args[1]) if args else {},
+        "source": inspect.cleandoc("Source:" + source[1]) if source else "",
+    }
+
+
+def _meanings(block: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n(?=\s{4}\w+:)", "\n" + block):
+        name, _, words = entry.strip().partition(":")
+        if name.isidentifier():
+            found[name] = " ".join(words.split())
+    return found
+
+
+def _recipe(name: str, fn: Callable[..., Any]) -> str:
+    """A recipe with the first options at their defaults, as something to start from."""
+    options = {
+        o.name: o.default
+        for o in options_of(fn, PROVIDED).values()
+        if isinstance(o.default, (bool, int, float, str)) and o.name != "seed"
+    }
+    step = {name: dict(list(options.items())[:3])} if options else name
+    pipe = ["average", step] if takes_merged(fn) else [step]
+    if gives_task_vectors(fn):
+        pipe.append("task_arithmetic")
+    if needs_tasks(fn):
+        return dump({"tasks": {"suite": "text"}, "merge": pipe, "out": "merged"})
+    experts = {"cars": "./cars", "dtd": "./dtd"}
+    return dump({"base": "./base", "experts": experts, "merge": pipe, "out": "merged"})

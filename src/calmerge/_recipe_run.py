@@ -1,0 +1,219 @@
+"""Carrying a recipe out: from its file names to a merged folder."""
+
+import hashlib
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from calmerge._errors import CheckpointError, OutputError, UsageError
+from calmerge._run import Run
+from calmerge._save import hashes, save, versions
+from calmerge._task_vectors import TaskVectors, task_vectors
+from calmerge._weights import Weights
+from calmerge.recipe import Recipe, build, missing_inputs
+
+if TYPE_CHECKING:
+    from calmerge.report.results import Report
+    from calmerge.tasks.base import Tasks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe is going to do, as far as headers tell.
+
+    Attributes:
+        steps: the pipe, one step a line.
+        tasks: the experts' names.
+        merged: how many tensors are merged, and `entries` how many numbers they hold.
+        skipped: how many tensors are taken from the base, by reason.
+        heads: how many tensors each task keeps for itself.
+        reads: bytes of base and experts that one pass over them reads.
+        writes: bytes of the backbone that comes out.
+        learns: whether unlabelled data are needed.
+        out: where it goes.
+    """
+
+    steps: list[str]
+    tasks: list[str]
+    merged: int
+    entries: int
+    skipped: dict[str, int]
+    heads: dict[str, int]
+    reads: int
+    writes: int
+    learns: bool
+    out: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def open_inputs(recipe: Recipe) -> TaskVectors:
+    """The task vectors of a recipe, from headers alone.
+
+    Raises:
+        CheckpointError: a checkpoint is missing, cannot be read, or does not fit the others; missing ones all together.
+    """
+    missing = missing_inputs(recipe)
+    if missing:
+        raise CheckpointError("\n".join(missing))
+    return task_vectors(recipe.base, recipe.experts, exclude=recipe.exclude, heads=recipe.heads)
+
+
+def plan(recipe: Recipe, tvs: TaskVectors) -> Plan:
+    """What `run_recipe` would do with these inputs."""
+    itemsize = getattr(torch, recipe.out.dtype).itemsize if recipe.out.dtype else None
+    specs = tvs.base.specs.values()
+    return Plan(
+        steps=[str(step.to_data()) for step in recipe.merge],
+        tasks=list(tvs.tasks),
+        merged=len(tvs),
+        entries=tvs.numel,
+        skipped=dict(Counter(tvs.skipped.values())),
+        heads={task: len(head) for task, head in tvs.heads.items()},
+        reads=tvs.base.nbytes + sum(w.nbytes for w in tvs.experts.values()),
+        writes=sum(s.numel * itemsize if itemsize and s.dtype.is_floating_point else s.nbytes for s in specs),
+        learns=recipe.needs_tasks(),
+        out=str(recipe.out.path) if recipe.out.path else None,
+    )
+
+
+def run_recipe(
+    recipe: Recipe, *, out: str | Path | None = None, command: str | None = None, run: Run | None = None
+) -> dict[str, Any]:
+    """The manifest of the merged folder that a recipe describes, made and written.
+
+    Beside what `save` writes, the folder holds `report.json` and `report.html`. Fitted methods keep their state beside
+    it until they are done, so that a killed run goes on where it was.
+
+    Args:
+        recipe: as `load_recipe` gives it.
+        out: folder of the result; the recipe's if None.
+        command: what the user typed, for the report.
+        run: progress, and another place for the state.
+
+    Raises:
+        UsageError: neither the recipe nor `out` says where the result goes.
+        CheckpointError, DataError, FitError: the inputs, the data, the fit.
+        OutputError: the place is taken (found before any work), or cannot be written.
+    """
+    path = Path(out) if out is not None else recipe.out.path
+    if path is None:
+        raise UsageError(f"{recipe.file}: no 'out' in the recipe, and no folder was given.")
+    path = path.expanduser().absolute()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise OutputError(f"'{path.name}' is there already; nothing was done. Name a new folder, or delete this one.")
+    run = run or Run()
+    state = run.folder or path.parent / f".{path.name}.state"
+    tvs, tasks = _open(recipe, run)
+    inner = replace(run, folder=state)
+    started = time.perf_counter()
+    delta: Weights = build(recipe)(tvs, tasks, inner)
+    report = _report(recipe, tvs, inner, command, seconds=time.perf_counter() - started)
+    manifest = save(
+        path,
+        tvs,
+        delta,
+        dtype=getattr(torch, recipe.out.dtype) if recipe.out.dtype else None,
+        shard=recipe.out.shard or "5GB",
+        recipe=recipe.to_dict(),
+        card=_card(report, path.name),
+        run=run,
+    )
+    _write_report(report, path)
+    if run.folder is None:
+        shutil.rmtree(state, ignore_errors=True)
+    return manifest
+
+
+def _open(recipe: Recipe, run: Run) -> "tuple[TaskVectors, Tasks | None]":
+    learns = recipe.needs_tasks()
+    if recipe.tasks is not None and (learns or recipe.tasks.embedded):
+        from calmerge.suites.prepare import prepare
+
+        prepare(recipe.tasks, run=run)
+    if not learns:
+        return open_inputs(recipe), None
+    from calmerge.tasks.hf import open_suite
+
+    assert recipe.tasks is not None  # the check of the recipe saw to it
+    return open_suite(recipe.tasks, run=run)
+
+
+def _report(recipe: Recipe, tvs: TaskVectors, run: Run, command: str | None, *, seconds: float) -> "Report":
+    from calmerge.report import results
+
+    names = [step.name for step in recipe.merge]
+    last = recipe.merge[-1].to_data()
+    options: Mapping[str, Any] = last[names[-1]] if isinstance(last, dict) else {}  # type: ignore[assignment]
+    learns = recipe.needs_tasks()
+    transductive = recipe.tasks is not None and recipe.tasks.transductive
+    row = results.Row(
+        method=names[-1],
+        label=" > ".join(names),
+        options=dict(options),
+        seed=recipe.seed,
+        seconds=seconds,
+        data="unlabelled pool" if learns else "none",
+        split=("transductive" if transductive else "inductive") if learns else "none",
+        trace=next(iter(run.trace.values()), None),
+    )
+    return results.Report(
+        title=f"{', '.join(tvs.tasks)}: merged with {row.label}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        versions=results.Versions(**_environment()),
+        recipe=recipe.to_dict(),
+        inputs={
+            name: results.Input(label=str(label), sha256=_joined(hashes(weights)))
+            for name, label, weights in [
+                ("base", recipe.base, tvs.base),
+                *((task, recipe.experts[task], weights) for task, weights in tvs.experts.items()),
+            ]
+        },
+        seeds=[recipe.seed] if recipe.seed is not None else [],
+        protocol=results.Protocol(split=row.split),
+        tasks=[results.TaskInfo(name=task) for task in tvs.tasks],
+        rows=[row],
+    )
+
+
+def _card(report: "Report", folder: str) -> str:
+    from calmerge.report.card import model_card
+
+    return model_card(report, folder=folder)
+
+
+def _write_report(report: "Report", folder: Path) -> None:
+    from calmerge.report import results
+    from calmerge.report.html import write_html
+
+    results.dump(report, folder / "report.json")
+    write_html(report, folder / "report.html")
+
+
+def _joined(digests: Mapping[str, str]) -> str:
+    """One hash for the files of a checkpoint: the only one, or a hash of all."""
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return hashlib.sha256("".join(f"{k}{v}" for k, v in sorted(digests.items())).encode()).hexdigest()
+
+
+def _environment() -> dict[str, str]:
+    found = versions()
+    return {
+        "calmerge": version("calmerge"),
+        "torch": found["torch"],
+        "python": found["python"],
+        "platform": f"{platform.system()} {platform.machine()}",
+    }

@@ -1,0 +1,169 @@
+"""Results on the terminal, as text and tables."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from calmerge._explain import Explanation
+    from calmerge.inspect import Inspection
+    from calmerge.report.results import Report
+
+WIDTH = 110
+"""Columns where the output is no terminal."""
+
+
+def emit(data: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """The data as JSON, or what `show` makes of them."""
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+    else:
+        show()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """A table without lines; columns named in `right` are numbers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    for name in head:
+        grid.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    _console().print(grid)
+
+
+def text(words: str = "") -> None:
+    """Text as it is."""
+    _console().print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def report(found: "Report", folder: "Path", *, as_json: bool) -> None:
+    """The league and where the page is."""
+    from calmerge.report.results import dumps
+    from calmerge.report.tables import league_table
+
+    if as_json:
+        sys.stdout.write(dumps(found) + "\n")
+        return
+    console = _console()
+    console.print(league_table(found, width=console.width))
+    for row in found.methods():
+        if row.error:
+            text(f"{row.label} failed: {row.error}")
+    text(f"report: {folder / 'report.html'}")
+
+
+def plan(found: Mapping[str, Any]) -> None:
+    """What a merge is going to do."""
+    from rich.filesize import decimal
+
+    rows = [
+        ["merge", " -> ".join(found["steps"])],
+        ["experts", ", ".join(found["tasks"])],
+        ["merged", f"{found['merged']} tensors, {found['entries']:,} entries"],
+        *(["from the base", f"{n} tensors: {reason}"] for reason, n in found["skipped"].items()),
+        *(["kept per task", f"{n} tensors of '{task}'"] for task, n in found["heads"].items() if n),
+        ["data", "unlabelled pools" if found["learns"] else "none"],
+        ["reads", f"{decimal(found['reads'])} in one pass over base and experts"],
+        ["writes", decimal(found["writes"])],
+        ["out", found["out"] or "not said: name a folder with --out"],
+    ]
+    table(["", ""], rows)
+
+
+def scores(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Accuracy by task, in per cent, with its standard error."""
+    who = list(found)
+    tasks = list(found["merged"])
+    rows = [[t, *(_accuracy(found[w][t]["accuracy"], found[w][t]["n"]) for w in who)] for t in tasks]
+    means = {w: sum(s["accuracy"] for s in found[w].values()) / len(tasks) for w in who}
+    rows.append(["mean", *(f"{100 * means[w]:.1f}" for w in who)])
+    if "experts" in found:
+        level = sum(found["merged"][t]["accuracy"] / max(found["experts"][t]["accuracy"], 1e-12) for t in tasks)
+        rows.append(["of the experts", f"{100 * level / len(tasks):.1f}", "100.0"])
+    table(["task", *who], rows, right=who)
+
+
+def inspection(found: "Inspection") -> None:
+    """Norms, then the two matrices, then what is odd."""
+    tasks = list(found.tasks)
+    text(
+        f"{found.entries:,} merged entries in {len(found.tensor_norms)} tensors; "
+        f"the base's norm is {found.base_norm:.4g}"
+    )
+    text()
+    rows = [
+        [
+            t,
+            f"{found.norms[t]:.4g}",
+            f"{found.relative[t]:.4f}",
+            f"{found.base_cosines[t]:.4f}",
+            f"{found.zeros[t]:.3f}",
+        ]
+        for t in tasks
+    ]
+    head = ["task vector", "norm", "norm / base", "cosine of weights to base", "zeros"]
+    table(head, rows, right=head[1:])
+    for title, matrix in (
+        ("cosines between task vectors", found.cosines),
+        ("share of entries with opposite signs", found.sign_conflicts),
+    ):
+        if len(tasks) > 1:
+            text()
+            values = [[t, *(f"{v:.3f}" for v in row)] for t, row in zip(tasks, matrix, strict=True)]
+            table([title, *tasks], values, right=tasks)
+    text()
+    for line in _odd(found):
+        text(line)
+
+
+def explained(found: "Explanation") -> None:
+    """A method in words."""
+    text(f"{found.name}: {found.summary}")
+    if found.formula:
+        text("\n" + found.formula)
+    if found.options:
+        text()
+        keys = ["name", "type", "range", "default", "meaning"]
+        table(["option", *keys[1:]], [[o[k] for k in keys] for o in found.options])
+    text(f"\ndata needed: {found.data}")
+    text(f"\n{found.source}" if found.source else "")
+    text("\nrecipe:\n\n" + "\n".join("  " + line for line in found.recipe.splitlines()))
+
+
+def _odd(found: "Inspection") -> list[str]:
+    lines = []
+    if found.untouched:
+        lines.append(f"moved by no expert: {_some(found.untouched)}")
+    lines += [f"left as it was by '{task}': {_some(names)}" for task, names in found.frozen.items()]
+    for task, head in found.heads.items():
+        if head:
+            lines.append(f"head of '{task}': " + _some([f"{name} {tuple(shape)}" for name, shape in head.items()]))
+    for reason in dict.fromkeys(found.skipped.values()):
+        lines.append(f"not merged ({reason}): {_some([n for n, r in found.skipped.items() if r == reason])}")
+    lines += [f"warning: {warning}" for warning in found.warnings]
+    if not found.warnings:
+        lines.append("The checkpoints seem to share this base.")
+    return lines
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _accuracy(accuracy: float, n: int) -> str:
+    error = (accuracy * (1 - accuracy) / n) ** 0.5
+    return f"{100 * accuracy:.1f} ± {100 * error:.1f}"
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    return console if console.is_terminal else Console(file=sys.stdout, highlight=False, width=WIDTH)

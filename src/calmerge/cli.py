@@ -1,0 +1,350 @@
+"""The command line: each verb opens files, calls one public function, and prints what came back.
+
+Only typer is imported here; torch and the rest load inside the verbs, so that help answers at once. Results go to the
+output stream, progress and errors to the error stream. Exit code 2 is wrong usage, 1 any other failure.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from calmerge._errors import CalmergeError, UsageError
+
+if TYPE_CHECKING:
+    from calmerge._run import Run
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results only.")]
+Json = Annotated[bool, typer.Option("--json", help="Results as JSON on the output stream.")]
+SuiteName = Annotated[str, typer.Argument(metavar="SUITE", help="'text', 'vision', or the path of a suite file.")]
+
+
+class _Group(TyperGroup):
+    """Turns calmerge's errors into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CalmergeError as e:
+            if ctx.params.get("debug"):
+                raise
+            _fail(e)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def main() -> None:
+    """The entry point `calmerge`."""
+    try:
+        app(prog_name="calmerge")
+    except KeyboardInterrupt:
+        typer.echo("stopped; what was finished is kept, the same command goes on from there.", err=True)
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"calmerge {version('calmerge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Example: calmerge demo
+
+    Merges fine-tuned checkpoints of one base model into one multi-task model, without retraining and without labels.
+    """
+
+
+@app.command(short_help="Make experts, merge them with every method, and show the table and the page.")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the report.")] = Path("calmerge-demo"),
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Example: calmerge demo
+
+    Fetches a small suite into the cache, fine-tunes its experts if they are not there, merges them with averaging, Task
+    Arithmetic, TIES, AdaMerging and CALM, and evaluates all on test data. Run it again, and it goes on where it was.
+    """
+    from calmerge.suites.demo import run_demo
+
+    _show().report(run_demo(out=out, run=_run(quiet)), out, as_json=as_json)
+
+
+@app.command(short_help="Merge as a recipe says.")
+def merge(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file; see docs/recipes.md.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the result; the recipe's if not given.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, read no tensor.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Example: calmerge merge recipe.yaml --out merged/
+
+    The folder holds the merged backbone, one head per task, the report, a model card, and calmerge.json with recipe,
+    versions and hashes. A killed merge leaves no folder, and goes on where it was when it is called again.
+    """
+    from calmerge._recipe_run import open_inputs, plan, run_recipe
+    from calmerge.recipe import load_recipe
+
+    checked = load_recipe(recipe)
+    if dry_run:
+        found = plan(checked, open_inputs(checked)).to_dict() | ({"out": str(out)} if out else {})
+        _show().emit(found, as_json, lambda: _show().plan(found))
+        return
+    manifest = run_recipe(checked, out=out, command=_command(), run=_run(quiet))
+    where = out or checked.out.path
+    _show().emit(manifest, as_json, lambda: typer.echo(f"merged {manifest['merged']} tensors into {where}"))
+
+
+@app.command("eval", short_help="Score a merged folder on a suite's test data.")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What 'calmerge merge' wrote.")],
+    suite: Annotated[str, typer.Option("--suite", help="'text', 'vision', or the path of a suite file.")],
+    split: Annotated[str, typer.Option("--split", help="'test' or 'validation'.")] = "test",
+    experts: Annotated[bool, typer.Option("--experts", help="Score the experts too, for comparison.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Example: calmerge eval merged/ --suite text
+
+    Prints the accuracy of every task, with its standard error, under the head of the task's own expert.
+    """
+    from calmerge._evaluate import evaluate as score
+    from calmerge.suites.suite import load_suite
+
+    if split not in ("test", "validation"):
+        raise UsageError(f"--split must be 'test' or 'validation', got '{split}'.")
+    scores = score(folder, load_suite(suite), split=split, experts=experts, run=_run(quiet))  # type: ignore[arg-type]
+    plain = {who: {task: s.model_dump() for task, s in found.items()} for who, found in scores.items()}
+    _show().emit(plain, as_json, lambda: _show().scores(plain))
+
+
+@app.command(short_help="Compare methods on a suite, with a table and a page.")
+def bench(
+    suite: SuiteName,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Names with commas between; all if not given.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many seeds methods run with that draw.")] = 3,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Names with commas between; all if not given.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer tasks, one seed, fewer updates: a look only.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the report; bench-SUITE if not given.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Example: calmerge bench text --methods ties,calm --seeds 1
+
+    Fetches or makes what the suite lacks, merges its experts with every method, and evaluates all on test data. Rows
+    that are finished are kept in the folder, and used again.
+    """
+    from calmerge.league import run_bench
+    from calmerge.suites.prepare import prepare
+    from calmerge.suites.suite import load_suite
+
+    run = _run(quiet)
+    loaded = load_suite(suite)
+    names = _names(tasks, loaded.tasks, "task")
+    wanted = _names(methods, None, "method")
+    prepare(loaded, names, run=run)
+    folder = out or Path(f"bench-{loaded.name}")
+    report = run_bench(
+        loaded, methods=wanted, seeds=range(seeds), quick=quick, tasks=names, command=_command(), run=run, out=folder
+    )
+    _show().report(report, folder, as_json=as_json)
+
+
+@app.command(short_help="Show how experts relate: norms, cosines, sign conflicts, odd tensors.")
+def inspect(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="RECIPE | SUITE | BASE EXPERT...", help="Checkpoints may be NAME=PATH.")
+    ],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Example: calmerge inspect base/ experts/cars experts/dtd
+
+    Reads a recipe, a suite, or a base and its experts; prints how long every task vector is, the cosines and sign
+    conflicts between them, tensors that never moved, and whether the checkpoints seem to share a base.
+    """
+    from calmerge.inspect import inspect_task_vectors
+
+    found = inspect_task_vectors(_task_vectors_of(inputs), run=_run(quiet))
+    _show().emit(found.to_dict(), as_json, lambda: _show().inspection(found))
+
+
+@app.command("list", short_help="List the methods.")
+def list_methods(as_json: Json = False) -> None:
+    """Example: calmerge list
+
+    One line for each method, with the data it needs.
+    """
+    from calmerge._explain import summaries
+
+    rows = summaries()
+    _show().emit(
+        rows,
+        as_json,
+        lambda: _show().table(["method", "data", "result", "what it does"], [list(r.values()) for r in rows]),
+    )
+
+
+@app.command(short_help="Explain a method: formula, options, source, recipe.")
+def explain(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="A name from 'calmerge list'.")],
+    as_json: Json = False,
+) -> None:
+    """Example: calmerge explain ties
+
+    Prints what the method computes, its options with types, ranges and defaults, where it comes from, and a recipe.
+    """
+    from calmerge._explain import explanation
+
+    found = explanation(method)
+    _show().emit(found.to_dict(), as_json, lambda: _show().explained(found))
+
+
+@app.command(short_help="Check a recipe or a suite without running it.")
+def validate(
+    file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe or a suite file.")],
+    as_json: Json = False,
+) -> None:
+    """Example: calmerge validate recipe.yaml
+
+    Names every mistake with its line, and checks that the files are there and the checkpoints fit, from headers alone.
+    """
+    from calmerge._yaml import load
+
+    if load(file).get("suite") is not None:
+        found = _validate_suite(file)
+    else:
+        from calmerge._recipe_run import open_inputs, plan
+        from calmerge.recipe import load_recipe
+
+        checked = load_recipe(file)
+        found = plan(checked, open_inputs(checked)).to_dict()
+    _show().emit(found, as_json, lambda: typer.echo(f"{file.name} is fine: {', '.join(found['tasks'])}."))
+
+
+@app.command(short_help="Write one task's full model.")
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What 'calmerge merge' wrote.")],
+    task: Annotated[str, typer.Option("--task", help="One of its tasks.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the model; FOLDER-TASK if not given.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Example: calmerge export merged/ --task cars --out cars/
+
+    What comes out is loaded like the expert was, with AutoModelFor...Classification.from_pretrained.
+    """
+    from calmerge import export as write
+
+    place = out or folder.with_name(f"{folder.resolve().name}-{task}")
+    write(folder, task, place, run=_run(quiet))
+    typer.echo(f"wrote the model of task '{task}' to {place}")
+
+
+# Between the terminal and the functions ------------------------------------------------------------------------
+
+
+def _fail(error: CalmergeError) -> NoReturn:
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _run(quiet: bool) -> "Run":
+    from calmerge._console import console_progress
+    from calmerge._run import Run
+
+    return Run(progress=console_progress(quiet=quiet))
+
+
+def _show() -> Any:
+    from calmerge import _show
+
+    return _show
+
+
+def _command() -> str:
+    """What the user typed, without the folder of the program."""
+    return shlex.join(["calmerge", *sys.argv[1:]])
+
+
+def _names(text: str | None, known: Any, what: str) -> list[str] | None:
+    """The names in "a,b", each one of `known` where that is given."""
+    from calmerge._errors import did_you_mean
+
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"--{what}s names none; write them with commas between, as in --{what}s a,b.")
+    for name in names:
+        if known is not None and name not in known:
+            raise UsageError(f"no {what} is called '{name}'. {did_you_mean(name, known)}")
+    return names
+
+
+def _task_vectors_of(inputs: list[str]) -> Any:
+    """The task vectors of a recipe, of a suite, or of a base and its experts."""
+    from calmerge import task_vectors
+    from calmerge._recipe_run import open_inputs
+    from calmerge._yaml import load
+    from calmerge.recipe import load_recipe
+    from calmerge.suites.suite import embedded_suites, load_suite
+
+    first = inputs[0]
+    if len(inputs) > 1:
+        experts: dict[str, str] = {}
+        for text in inputs[1:]:
+            name, _, path = text.rpartition("=")
+            name = name or Path(path).resolve().name
+            if name in experts:
+                raise UsageError(f"two experts are called '{name}'; name them, as in {name}2={path}.")
+            experts[name] = path
+        return task_vectors(first, experts)
+    if first in embedded_suites() or (first.endswith((".yaml", ".yml")) and load(first).get("suite") is not None):
+        suite = load_suite(first)
+        return task_vectors(suite.base, suite.experts, exclude=suite.exclude, heads=suite.heads)
+    if first.endswith((".yaml", ".yml")):
+        return open_inputs(load_recipe(first))
+    raise UsageError(f"'{first}' is no recipe and no suite; a base needs its experts behind it, as in 'base/ cars/'.")
+
+
+def _validate_suite(file: Path) -> dict[str, Any]:
+    from calmerge import CheckpointError
+    from calmerge.suites.suite import load_suite, missing_files
+
+    suite = load_suite(file)
+    missing = [] if suite.embedded else missing_files(suite)
+    if missing:
+        raise CheckpointError("\n".join(missing))
+    return {"suite": suite.name, "version": suite.version, "tasks": list(suite.tasks)}
+
+
+if __name__ == "__main__":
+    main()
