@@ -1,36 +1,92 @@
-"""calmerge: one multi-task model out of many fine-tuned checkpoints, without retraining and without labels."""
+"""calmerge: one multi-task model out of many fine-tuned checkpoints, without retraining and without labels.
 
-from calmerge._checkpoint import open_checkpoint
-from calmerge._errors import (
-    CalmergeError,
-    CheckpointError,
-    DataError,
-    FitError,
-    MissingExtra,
-    OutputError,
-    UsageError,
-)
-from calmerge._run import Run
-from calmerge._save import export, save
-from calmerge._task_vectors import Merge, TaskVectors, task_vectors
-from calmerge._weights import StateDict, Weights, add
+Names are loaded when they are first used, so that importing the package (and `calmerge --help`) is quick.
+"""
 
-__all__ = [
-    "CalmergeError",
-    "CheckpointError",
-    "DataError",
-    "FitError",
-    "Merge",
-    "MissingExtra",
-    "OutputError",
-    "Run",
-    "StateDict",
-    "TaskVectors",
-    "UsageError",
-    "Weights",
-    "add",
-    "export",
-    "open_checkpoint",
-    "save",
-    "task_vectors",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calmerge._checkpoint import open_checkpoint as open_checkpoint
+    from calmerge._errors import CalmergeError as CalmergeError
+    from calmerge._errors import CheckpointError as CheckpointError
+    from calmerge._errors import DataError as DataError
+    from calmerge._errors import FitError as FitError
+    from calmerge._errors import MissingExtra as MissingExtra
+    from calmerge._errors import OutputError as OutputError
+    from calmerge._errors import UsageError as UsageError
+    from calmerge._merge import merge as merge
+    from calmerge._run import Run as Run
+    from calmerge._save import export as export
+    from calmerge._save import save as save
+    from calmerge._task_vectors import Merge as Merge
+    from calmerge._task_vectors import TaskVectors as TaskVectors
+    from calmerge._task_vectors import materialise as materialise
+    from calmerge._task_vectors import task_vectors as task_vectors
+    from calmerge._weights import StateDict as StateDict
+    from calmerge._weights import Weights as Weights
+    from calmerge._weights import add as add
+    from calmerge.methods.adamerging import adamerging as adamerging
+    from calmerge.methods.adamerging import adamerging_pp as adamerging_pp
+    from calmerge.methods.average import average as average
+    from calmerge.methods.calm import calm as calm
+    from calmerge.methods.dare import dare as dare
+    from calmerge.methods.task_arithmetic import task_arithmetic as task_arithmetic
+    from calmerge.methods.ties import ties as ties
+    from calmerge.pieces.mask import load_masks as load_masks
+    from calmerge.suites.suite import load_suite as load_suite
+    from calmerge.tasks.base import Task as Task
+    from calmerge.tasks.base import Tasks as Tasks
+    from calmerge.tasks.hf import HuggingFaceModel as HuggingFaceModel
+    from calmerge.tasks.hf import open_suite as open_suite
+    from calmerge.tasks.module import ModuleModel as ModuleModel
+
+_HOME = {
+    "CalmergeError": "_errors",
+    "CheckpointError": "_errors",
+    "DataError": "_errors",
+    "FitError": "_errors",
+    "HuggingFaceModel": "tasks.hf",
+    "Merge": "_task_vectors",
+    "MissingExtra": "_errors",
+    "ModuleModel": "tasks.module",
+    "OutputError": "_errors",
+    "Run": "_run",
+    "StateDict": "_weights",
+    "Task": "tasks.base",
+    "TaskVectors": "_task_vectors",
+    "Tasks": "tasks.base",
+    "UsageError": "_errors",
+    "Weights": "_weights",
+    "adamerging": "methods.adamerging",
+    "adamerging_pp": "methods.adamerging",
+    "add": "_weights",
+    "average": "methods.average",
+    "calm": "methods.calm",
+    "dare": "methods.dare",
+    "export": "_save",
+    "load_masks": "pieces.mask",
+    "load_suite": "suites.suite",
+    "materialise": "_task_vectors",
+    "merge": "_merge",
+    "open_checkpoint": "_checkpoint",
+    "open_suite": "tasks.hf",
+    "save": "_save",
+    "task_arithmetic": "methods.task_arithmetic",
+    "task_vectors": "_task_vectors",
+    "ties": "methods.ties",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'calmerge' has no attribute '{name}'")
+    value = getattr(import_module(f"calmerge.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

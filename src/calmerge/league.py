@@ -28,6 +28,7 @@ from calmerge.methods import METHODS
 from calmerge.report import results
 from calmerge.report.league import mean, normalised
 from calmerge.report.results import Protocol, Report, Row, Score, TaskInfo, Versions
+from calmerge.report.traces import Trace
 from calmerge.suites.suite import Suite
 from calmerge.tasks.base import Tasks
 
@@ -250,7 +251,7 @@ def _entries(methods: Sequence[str] | None) -> list[Entry]:
     return entries
 
 
-def _numbers(trace: results.Trace | None) -> int | None:
+def _numbers(trace: Trace | None) -> int | None:
     if trace is None:
         return None
     if trace.kind == "calm":
