@@ -132,7 +132,7 @@ def build(
 
 def missing_inputs(recipe: Recipe) -> list[str]:
     """One sentence for every local checkpoint of the recipe that is not there."""
-    named = {"base": recipe.base, **{f"expert '{name}'": at for name, at in recipe.experts.items()}}
+    named = {"the base": recipe.base, **{f"expert '{name}'": at for name, at in recipe.experts.items()}}
     return [
         f"{recipe.file}: {what} is missing: {path}."
         for what, path in named.items()
