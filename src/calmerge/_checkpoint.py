@@ -155,8 +155,8 @@ def _open_folder(folder: Path, label: str) -> Checkpoint | StateDict:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as e:
+        names = [str(Path(name)) for name in dict.fromkeys(json.loads(index.read_text())["weight_map"].values())]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{index}: not a readable index of shards ({e}).") from None
     for name in names:
         file = index.parent / name

@@ -240,10 +240,10 @@ class _Deltas(Weights):
         memo = {} if memo is None else memo
         key = (id(self), name, rows.start, rows.stop)
         if key not in memo:
-            base = _finite("the base", name, self._base.read(name, rows)).float()
+            base = _finite("the base", name, self._base.read(name, rows).float())
             tau = torch.empty(len(self.experts), *base.shape)
             for t, (task, expert) in enumerate(self.experts):
-                torch.sub(_finite(f"expert '{task}'", name, expert.read(name, rows)).float(), base, out=tau[t])
+                torch.sub(_finite(f"expert '{task}'", name, expert.read(name, rows).float()), base, out=tau[t])
             memo[key] = tau
         return memo[key]
 

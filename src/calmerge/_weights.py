@@ -70,6 +70,9 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs  # the mapping's own way would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
 
