@@ -169,7 +169,8 @@ def make_experts(
         run: progress.
     """
     run = run or Run()
-    settings = Finetune.parse(suite.get("finetune", {}))
+    from calmerge.suites.suite import located_data
+
     kind: Kind = suite["model"]["kind"]
     made: dict[str, dict[str, Any]] = {}
     base = folder / suite["base"]
@@ -182,12 +183,12 @@ def make_experts(
         out = folder / task["expert"]
         splits = {
             split: read_examples(
-                folder / task[split],
+                located_data(task[split], folder),
                 base,
                 kind=kind,
                 input=task.get("input"),
-                label=task["label"],
-                classes=task["classes"],
+                label=task.get("label", "label"),
+                classes=[str(c) for c in task["classes"]],
                 max_tokens=suite["model"].get("max_tokens", 128),
             )
             for split in ("train", "validation")
@@ -209,9 +210,8 @@ def make_experts(
             splits["train"],
             splits.get("validation"),
             kind=kind,
-            classes=task["classes"],
+            classes=[str(c) for c in task["classes"]],
             settings=own,
-            seed=settings.seed,
             recipe=recipe,
             run=run,
         )
