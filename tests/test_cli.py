@@ -275,6 +275,33 @@ def test_merge_with_data_then_eval_and_export(tiny_suite: Path, tmp_path: Path) 
     assert "Did you mean 'shapes'?" in done.stderr
 
 
+def test_what_a_fit_has_finished_is_kept_until_the_folder_is_written(
+    tiny_suite: Path, tmp_path: Path, monkeypatch
+) -> None:
+    import calmerge._recipe_run
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"tasks: {{suite: {tiny_suite}}}\nmerge: {{calm: {{steps: 3, sequential: 1}}}}\nout: {{path: merged}}\n"
+    )
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calmerge._recipe_run, "save", stopped)
+        done = call("merge", recipe, "-q")
+    assert done.exit_code == 130
+    assert "the same command goes on from there" in done.stderr
+    assert any(f.is_file() for f in (tmp_path / ".merged.state").rglob("*"))
+    assert not (tmp_path / "merged").exists()
+    assert call("merge", recipe, "-q").exit_code == 0
+    assert not (tmp_path / ".merged.state").exists()
+    assert call("merge", recipe, "-q", "--out", tmp_path / "fresh").exit_code == 0
+    first, second = (json.loads((tmp_path / f / "calmerge.json").read_text())["files"] for f in ("merged", "fresh"))
+    assert first == second
+
+
 def test_eval_of_a_folder_that_does_not_fit(tiny_suite: Path, recipe: Path) -> None:
     done = call("eval", recipe.parent / "base", "--suite", tiny_suite)
     assert done.exit_code == 1

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,18 +112,18 @@ def _parts(fn: Callable[..., Any]) -> dict[str, Any]:
     return {
         "summary": summary.strip(),
         "formula": above.strip(),
-        "args": _meanings(args[1]) if args else {},
+        "args": _meanings(args[1], list(options_of(fn))) if args else {},
         "source": inspect.cleandoc("Source:" + source[1]) if source else "",
     }
 
 
-def _meanings(block: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for entry in re.split(r"\n(?=\s{4}\w+:)", "\n" + block):
-        name, _, words = entry.strip().partition(":")
-        if name.isidentifier():
-            found[name] = " ".join(words.split())
-    return found
+def _meanings(block: str, options: Sequence[str]) -> dict[str, str]:
+    """What an "Args:" block says of each option, be they on lines of their own or "a: ...; b: ..." on one."""
+    if not options:
+        return {}
+    words = " ".join(block.split())
+    cuts = re.split(rf"(?:^|(?<= ))({'|'.join(map(re.escape, options))}): ", words)
+    return {name: text.strip().rstrip(";") for name, text in zip(cuts[1::2], cuts[2::2], strict=True)}
 
 
 def _recipe(name: str, fn: Callable[..., Any]) -> str:

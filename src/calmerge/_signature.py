@@ -64,9 +64,10 @@ def options_of(fn: Callable[..., Any], provided: Collection[str] = ()) -> dict[s
     [('keep', 'number', '(0, 1]', 0.2)]
     """
     hints = hints_of(fn)
-    kinds = [inspect.Parameter.KEYWORD_ONLY]
-    if isinstance(fn, type):
-        kinds.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    kinds = {
+        inspect.Parameter.KEYWORD_ONLY,
+        *([inspect.Parameter.POSITIONAL_OR_KEYWORD] if isinstance(fn, type) else []),
+    }
     return {
         p.name: Option(p.name, hints.get(p.name, Any), p.default, p.default is p.empty)
         for p in inspect.signature(fn).parameters.values()

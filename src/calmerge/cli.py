@@ -23,7 +23,7 @@ SuiteName = Annotated[str, typer.Argument(metavar="SUITE", help="'text', 'vision
 
 
 class _Group(TyperGroup):
-    """Turns calmerge's errors into one message and an exit code."""
+    """Turns calmerge's errors, and Ctrl-C, into one message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -32,6 +32,9 @@ class _Group(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             _fail(e)
+        except KeyboardInterrupt:
+            typer.echo("stopped; what was finished is kept, the same command goes on from there.", err=True)
+            raise typer.Exit(130) from None
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)
@@ -49,11 +52,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point `calmerge`."""
-    try:
-        app(prog_name="calmerge")
-    except KeyboardInterrupt:
-        typer.echo("stopped; what was finished is kept, the same command goes on from there.", err=True)
-        sys.exit(130)
+    app(prog_name="calmerge")
 
 
 def _version(wanted: bool) -> None:

@@ -179,8 +179,13 @@ def _read(node: Node, file: str, folder: Path, methods: Methods) -> Recipe:
     _check_inputs(node, base, experts, suite, problems)
     if suite is not None:
         tasks = {n: replace(suite.tasks[n], expert=at) for n, at in experts.items() if n in suite.tasks}
-        patterns = {key: tuple(parts.get(key) or ()) for key in ("exclude", "heads")}
-        suite = replace(suite, base=base or suite.base, tasks=tasks, **patterns)
+        suite = replace(
+            suite,
+            base=base or suite.base,
+            tasks=tasks,
+            exclude=tuple(parts.get("exclude") or ()),
+            heads=tuple(parts.get("heads") or ()),
+        )
     steps: tuple[Step, ...] = ()
     if node.get("merge") is not None:
         steps = read_pipe(node.value["merge"], problems)

@@ -84,7 +84,7 @@ class Suite:
         transductive: the pools are made of the test inputs, which the suite states; stamped on every number.
         file: the YAML file.
         folder: where its relative paths start.
-        data: the file's content as it was written.
+        data: the file's content, plain, with each task's `label` and `classes` filled in.
         lines: "file:line" by dotted path, for messages.
     """
 
@@ -216,7 +216,10 @@ def read_suite(
     parts["name"] = parts.pop("suite")
     parts["title"] = parts.get("title") or parts["name"]
     parts["methods"] = {name: options or {} for name, options in (parts.get("methods") or {}).items()}
-    return Suite(**parts, file=file, folder=folder, data=node.plain(), lines=lines)  # type: ignore[arg-type]
+    data: dict[str, Any] = node.plain()  # type: ignore[assignment]
+    for task in tasks.values():
+        data["tasks"][task.name] |= {"label": task.label, "classes": list(task.classes)}
+    return Suite(**parts, file=file, folder=folder, data=data, lines=lines)
 
 
 def read_tasks(
