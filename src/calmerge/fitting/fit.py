@@ -67,7 +67,7 @@ def fit(
 
     Raises:
         FitError: a loss or a gradient is not finite.
-        UsageError: the saved state belongs to other settings.
+        UsageError: the saved state belongs to other settings, or is further than `steps`.
 
     >>> from functools import partial
     >>> from calmerge import StateDict
@@ -87,6 +87,11 @@ def fit(
     fitted, first = Fitted(params), 0
     if state and state.is_file():
         first = _load(state, key, params, optim, fitted)
+        if first > steps:
+            raise UsageError(
+                f"{state.parent} holds the state after {first} updates, more than the {steps} asked for. "
+                "Name another folder, or delete this one."
+            )
     theta = empty(merged(params), next(iter(params.values())).device)
     saved = time.monotonic()
     with run.progress.track(label, steps, "update") as bar:
@@ -157,7 +162,8 @@ def _pull_back(
 
 def _check(params: Params, step: int) -> None:
     for name, p in params.items():
-        if p.grad is not None and not torch.isfinite(p.grad.sum()):
+        # a sum is finite only if all its terms are, and is quick; the exact test runs only where it overflows
+        if p.grad is not None and not torch.isfinite(p.grad.sum()) and not torch.isfinite(p.grad).all():
             raise FitError(
                 f"update {step + 1}: the gradient of '{name}' is not finite. A smaller step size, or float32 instead "
                 "of a lower precision, keeps it finite."
