@@ -98,8 +98,7 @@ class Tasks(Mapping[str, Task]):
         self.model, self._tasks = model, dict(tasks)
         self.batch, self.device, self.autocast = batch, torch.device(device), autocast
         for name, task in self._tasks.items():
-            if len(self.split(name, "pool")) == 0:
-                raise DataError(f"task '{name}': its pool is empty; unlabelled examples are what a method adapts on.")
+            self.split(name, "pool")
             if task.transductive and task.test is None:
                 raise DataError(f"task '{name}' is called transductive but has no test split.")
 
@@ -118,12 +117,16 @@ class Tasks(Mapping[str, Task]):
         """One split of a task.
 
         Raises:
-            DataError: the task has no such split.
+            DataError: the task has no such split, or it is empty.
         """
         found = getattr(self[name], split)
         if found is None:
             raise DataError(f"task '{name}' has no {split} split.")
-        return from_loader(found) if isinstance(found, DataLoader) else found
+        examples = from_loader(found) if isinstance(found, DataLoader) else found
+        if len(examples) == 0:
+            advice = "pool is empty; unlabelled examples are what a method adapts on."
+            raise DataError(f"task '{name}': its {advice if split == 'pool' else f'{split} split is empty.'}")
+        return examples
 
     def logits(self, weights: Mapping[str, Tensor], task: str, split: Split = "pool") -> Tensor:
         """The model's class scores for every example of a split: [n, classes], float32, in the split's order."""

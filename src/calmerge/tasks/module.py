@@ -18,7 +18,8 @@ class ModuleModel:
     logits = head_t(module(inputs; weights))
 
     Args:
-        module: the backbone; weights that are not merged keep the values it holds. It is put into evaluation mode.
+        module: the backbone; weights that are not merged keep the values it holds. It is put into evaluation mode, and
+            its own parameters take no gradients any more.
         heads: by task, a module or function from features to class scores, which is never changed; None if the module
             gives class scores itself.
         device: where the heads are put; the module follows the weights it is called with.
@@ -38,7 +39,7 @@ class ModuleModel:
         *,
         device: str | torch.device = "cpu",
     ) -> None:
-        self._module = module.to(device).eval()
+        self._module = module.to(device).eval().requires_grad_(False)
         self._heads = dict(heads) if heads is not None else None
         for head in (self._heads or {}).values():
             if isinstance(head, nn.Module):
