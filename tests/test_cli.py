@@ -100,7 +100,9 @@ def test_merge_prints_the_manifest_as_json(recipe: Path) -> None:
 def test_dry_run_prints_the_plan_and_writes_nothing(recipe: Path) -> None:
     done = call("merge", recipe, "--dry-run")
     assert done.exit_code == 0
+    assert "average()" in done.stdout
     assert "2 tensors, 11 entries" in done.stdout
+    assert "heads     a 1, b 1" in done.stdout
     assert not (recipe.parent / "merged").exists()
     plan = json.loads(call("merge", recipe, "--dry-run", "--json", "--out", "x").stdout)
     assert (plan["merged"], plan["writes"], plan["out"], plan["heads"]) == (2, 44, "x", {"a": 1, "b": 1})

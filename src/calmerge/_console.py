@@ -176,6 +176,7 @@ def _unit(unit: str) -> str:
 def _bars(stream: TextIO) -> "rich.progress.Progress":
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.table import Column
     from rich.text import Text
 
     class Amount(ProgressColumn):
@@ -185,13 +186,16 @@ def _bars(stream: TextIO) -> "rich.progress.Progress":
             rate = task.speed or task.finished_speed
             return Text(text + (f"  {_amount(rate, unit)} {_unit(unit)}/s".replace(" /s", "/s") if rate else ""))
 
+    def one_line() -> Column:
+        return Column(no_wrap=True, overflow="ellipsis")
+
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.percentage:>3.0f} %"),
-        Amount(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("[dim]{task.fields[info]}"),
+        TextColumn("{task.description}", table_column=one_line()),
+        BarColumn(bar_width=16),
+        TextColumn("{task.percentage:>3.0f} %", table_column=one_line()),
+        Amount(one_line()),
+        TimeRemainingColumn(compact=True, table_column=one_line()),
+        TextColumn("[dim]{task.fields[info]}", table_column=one_line()),
         console=Console(file=stream),
         transient=True,
     )

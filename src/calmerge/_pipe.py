@@ -39,6 +39,10 @@ class Step:
             return self.name
         return {self.name: {key: node.plain() for key, node in self.options.items()}}
 
+    def __str__(self) -> str:
+        """The step as a call: "ties(keep=0.2)"."""
+        return f"{self.name}({', '.join(f'{key}={node.plain()}' for key, node in self.options.items())})"
+
 
 @dataclass(frozen=True)
 class Surroundings:

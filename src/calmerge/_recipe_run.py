@@ -31,7 +31,7 @@ class Plan:
     """What a recipe is going to do, as far as headers tell.
 
     Attributes:
-        steps: the pipe, one step a line.
+        steps: the pipe, one call a step.
         tasks: the experts' names.
         merged: how many tensors are merged, and `entries` how many numbers they hold.
         skipped: how many tensors are taken from the base, by reason.
@@ -75,7 +75,7 @@ def plan(recipe: Recipe, tvs: TaskVectors) -> Plan:
     itemsize = getattr(torch, recipe.out.dtype).itemsize if recipe.out.dtype else None
     specs = tvs.base.specs.values()
     return Plan(
-        steps=[str(step.to_data()) for step in recipe.merge],
+        steps=[str(step) for step in recipe.merge],
         tasks=list(tvs.tasks),
         merged=len(tvs),
         entries=tvs.numel,

@@ -29,7 +29,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    grid = Table(show_header=any(head), box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     for name in head:
         grid.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
@@ -66,8 +66,8 @@ def plan(found: Mapping[str, Any]) -> None:
         ["merge", " -> ".join(found["steps"])],
         ["experts", ", ".join(found["tasks"])],
         ["merged", f"{found['merged']} tensors, {found['entries']:,} entries"],
-        *(["from the base", f"{n} tensors: {reason}"] for reason, n in found["skipped"].items()),
-        *(["kept per task", f"{n} tensors of '{task}'"] for task, n in found["heads"].items() if n),
+        *(["not merged", f"{n} tensors: {reason}"] for reason, n in found["skipped"].items()),
+        ["heads", ", ".join(f"{task} {n}" for task, n in found["heads"].items() if n) or "none"],
         ["data", "unlabelled pools" if found["learns"] else "none"],
         ["reads", f"{decimal(found['reads'])} in one pass over base and experts"],
         ["writes", decimal(found["writes"])],

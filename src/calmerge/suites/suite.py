@@ -201,7 +201,8 @@ def read_suite(
     if "tasks" in parts:
         parts["tasks"] = read_tasks(node.value["tasks"], folder, problems, never_hub=embedded)
     problems += check(_keys_of_a_suite, parts, node.lines(), name="suite", noun="key")
-    _check_name(node.get("suite"), "a suite", problems)
+    if isinstance(parts.get("suite"), str) and not _NAME.fullmatch(parts["suite"]):
+        problems.append(f"{lines['suite']}: a suite called '{parts['suite']}': {_NAME_RULE}")
     if "methods" in parts:
         _check_methods(node.value["methods"], methods, problems)
     if "make" in parts and not embedded:
@@ -348,11 +349,6 @@ def _keys_of_a_suite(
     transductive: bool = False,
 ) -> None:
     """The top level of the file, in a form that `check` can read."""
-
-
-def _check_name(node: Node | None, what: str, problems: list[str]) -> None:
-    if node is not None and isinstance(node.value, str) and not _NAME.fullmatch(node.value):
-        problems.append(f"{node.where}: {what} called '{node.value}': {_NAME_RULE}")
 
 
 def _check_classes(classes: Any, entry: Node, label: str, problems: list[str]) -> None:
