@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from calmerge import UsageError
@@ -153,5 +153,7 @@ documents = st.recursive(
 
 
 @given(documents)
+@example({"\x85": "a\u2028b\rc"})
+@settings(derandomize=True, deadline=None, max_examples=200)
 def test_what_is_dumped_is_read_back(data: object) -> None:
     assert parse(dump({"x": data}), "r.yaml").plain() == {"x": data}

@@ -212,6 +212,7 @@ _INT = re.compile(r"[-+]?[0-9]{1,4000}|0o[0-7]{1,4000}|0x[0-9a-fA-F]{1,4000}")
 _FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
+_BREAKS = re.compile("[\r\x85\u2028\u2029]")
 _PLAIN = {  # YAML 1.2, core schema: tag, pattern, first characters; in order
     "bool": (re.compile("true|True|TRUE|false|False|FALSE"), "tTfF"),
     "null": (re.compile("~|null|Null|NULL|"), ["~", "n", "N", ""]),
@@ -235,6 +236,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Text with line breaks other than a line feed only survives between double quotes."""
+        style = '"' if _BREAKS.search(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 for _tag, (_pattern, _first) in _PLAIN.items():
     _whole = re.compile(f"(?:{_pattern.pattern})\\Z")
