@@ -96,6 +96,13 @@ def test_a_loss_that_is_not_finite_names_task_and_update() -> None:
         tasks.gradient(pseudo_label, lambda step: iter(batches))(theta, 4)
 
 
+def test_a_loss_that_does_not_depend_on_the_weights_is_refused() -> None:
+    tasks = problem(cars=Task(Examples(X)))
+    theta = {"w": W["w"].clone(), "merged": torch.ones(1).requires_grad_()}
+    with pytest.raises(DataError, match="task 'cars': its loss depends on none of the merged tensors"):
+        tasks.gradient(lambda logits, _: logits.sum(), lambda step: iter([Batch("cars", torch.tensor([0]))]))(theta, 0)
+
+
 def test_evaluation_counts_right_answers_and_predictions() -> None:
     tasks = problem(a=Task(Examples(X), test=Examples(X, torch.tensor([0, 0, 1]))))
     score = tasks.evaluate(W)["a"]

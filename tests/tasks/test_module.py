@@ -90,3 +90,19 @@ def test_gradients_reach_the_weights_given_and_nothing_of_the_module() -> None:
     assert theta["w"].grad is not None
     assert module.fixed.grad is None
     assert module.w.grad is None
+
+
+def test_weights_that_the_module_does_not_have_are_left_out() -> None:
+    weights = WEIGHTS | {"classifier.weight": torch.ones(3, 2), "stray": torch.ones(1)}
+    assert ModuleModel(Pair()).logits(weights, (X, Y), "any").tolist() == [[2.5, 3.5]]
+
+
+def test_a_module_that_has_none_of_the_weights_is_refused() -> None:
+    with pytest.raises(DataError, match=r"they are named 'encoder.w', its own 'fixed'"):
+        ModuleModel(Pair()).logits({"encoder.w": torch.ones(2)}, (X, Y), "any")
+
+
+def test_tied_tensors_are_known_by_both_names() -> None:
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    module[1].weight = module[0].weight
+    assert ModuleModel(module).logits({"1.weight": torch.zeros(2, 2)}, X, "any").tolist() == [[0.0, 0.0]]

@@ -144,6 +144,7 @@ class Tasks(Mapping[str, Task]):
 
         Raises (when called):
             FitError: a loss is not finite; the task and the update are named.
+            DataError: a loss does not depend on the weights.
         """
 
         def at(theta: Mapping[str, Tensor], step: int) -> dict[str, float]:
@@ -157,6 +158,11 @@ class Tasks(Mapping[str, Task]):
                     raise FitError(
                         f"update {step + 1}: the loss of task '{task}' is {value}. "
                         "A smaller step size, or a start closer to the experts, keeps it finite."
+                    )
+                if not loss.requires_grad:
+                    raise DataError(
+                        f"task '{task}': its loss depends on none of the merged tensors ('{next(iter(theta))}', ...). "
+                        "Does the model know them by these names?"
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
                 losses[task] = losses.get(task, 0.0) + value

@@ -40,19 +40,27 @@ class ModuleModel:
         device: str | torch.device = "cpu",
     ) -> None:
         self._module = module.to(device).eval().requires_grad_(False)
+        tensors = [self._module.named_parameters(remove_duplicate=False), self._module.named_buffers()]
+        self._names = {name for named in tensors for name, _ in named}
         self._heads = dict(heads) if heads is not None else None
         for head in (self._heads or {}).values():
             if isinstance(head, nn.Module):
                 head.to(device).eval().requires_grad_(False)
 
     def logits(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Tensor:
-        """Class scores [n, classes].
+        """Class scores [n, classes]; of `weights` those are used that the module has.
 
         Raises:
-            DataError: the task has no head.
+            DataError: the task has no head, or the module has none of the weights.
         """
         args, kwargs = _arguments(inputs)
-        output = functional_call(self._module, dict(weights), args, kwargs)
+        known = {name: w for name, w in weights.items() if name in self._names}
+        if weights and not known:
+            raise DataError(
+                f"the module has none of the merged tensors: they are named '{next(iter(weights))}', its own "
+                f"'{min(self._names, default='(none)')}'. Give task_vectors a base with the module's names."
+            )
+        output = functional_call(self._module, known, args, kwargs)
         features: Tensor = getattr(output, "logits", output)
         if self._heads is None:
             return features

@@ -1,0 +1,135 @@
+"""Against FusionBench 0.2.33: inputs and outputs stored as plain data (tests/golden/fusion_bench)."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from calmerge import Run, TaskVectors, add, task_vectors
+from calmerge.methods import adamerging, average, dare, task_arithmetic, ties, ties_split
+from calmerge.tasks.base import Batch, Task, Tasks
+from calmerge.tasks.module import ModuleModel
+
+FOLDER = Path(__file__).parents[1] / "golden" / "fusion_bench"
+Golden = Callable[[str], tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def inputs(case: str, described: dict[str, Any], n: int) -> tuple[TaskVectors, dict[str, Tensor]]:
+    tensors = load_file((FOLDER / case / described["inputs"]).resolve())
+    return task_vectors(
+        part(tensors, "base/"), {str(t): part(tensors, f"expert_{t}/") for t in range(1, n + 1)}
+    ), tensors
+
+
+def close(ours: Tensor, stored: Tensor, described: dict[str, Any]) -> None:
+    torch.testing.assert_close(ours.float(), stored.float(), **described["tolerance"])
+
+
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        ("simple_average_T3", average),
+        ("task_arithmetic_T5", partial(task_arithmetic, scale=0.3)),
+        ("ties_mean_K20_T3", partial(ties, keep=0.2, scale=1.0)),
+        ("ties_mean_K0p1_T5", partial(ties, keep=0.1, scale=1.0)),
+        ("ties_sum_K20_T5", partial(ties, keep=0.2, scale=0.3, combine="sum")),
+        ("ties_max_K30_T3", partial(ties, keep=0.3, scale=0.3, combine="max")),
+        ("dare_task_arithmetic_ratio0_T3", partial(dare, rate=0.0, inner=partial(task_arithmetic, scale=0.3))),
+        ("dare_ties_ratio0_T3", partial(dare, rate=0.0, inner=partial(ties, keep=0.2, scale=0.5, combine="sum"))),
+    ],
+)
+def test_merges_as_the_reference(case: str, method: Callable[..., Any], golden: Golden) -> None:
+    described, stored = golden(case)
+    tvs, _ = inputs(case, described, described["T"])
+    merged = add(tvs.base, method(tvs))
+    assert set(merged) == set(stored)
+    for name, tensor in stored.items():
+        close(merged[name], tensor, described)
+    assert torch.equal(merged["vision_model.embeddings.position_ids"], tvs.base["vision_model.embeddings.position_ids"])
+
+
+def test_splits_as_the_reference(golden: Golden) -> None:
+    described, stored = golden("ties_split_T3")
+    tvs, _ = inputs("ties_split_T3", described, 3)
+    split = ties_split(tvs, keep=0.2)
+    for t in range(3):
+        for name, tensor in part(stored, f"selected_{t + 1}/").items():
+            close(split[name][t], tensor, described)
+    summed = ties(tvs, keep=0.2, combine="sum")
+    for name, tensor in part(stored, "merged/").items():
+        close(summed[name], tensor, described)
+
+
+def test_drops_with_the_reference_s_mean_and_spread(golden: Golden) -> None:
+    described, stored = golden("dare_statistics_T3")
+    tvs, _ = inputs("dare_statistics_T3", described, 3)
+    rate, runs = described["hyper_parameters"]["sparsity_ratio"], 192
+    for name in {n.rpartition("/")[0] for n in stored}:
+        draws = torch.stack(
+            [dare(tvs, rate=rate, inner=partial(task_arithmetic, scale=1.0), seed=s)[name] for s in range(runs)]
+        )
+        error = (stored[f"{name}/std"] ** 2 / described["hyper_parameters"]["runs"] + draws.var(0) / runs).sqrt()
+        bound = described["tolerance"]["mean_standard_errors"] * error + 1e-7
+        assert ((draws.mean(0) - stored[f"{name}/mean"]).abs() <= bound).all()
+        exact = (rate / (1 - rate) * (tvs[name] ** 2).sum(0)).sqrt()
+        torch.testing.assert_close(draws.std(0).mean(), exact.mean(), rtol=0.05, atol=0)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = nn.Linear(12, 24), nn.LayerNorm(24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(torch.relu(self.norm(self.fc1(x))))
+        return out
+
+
+def adamerging_problem(tensors: dict[str, Tensor]) -> Tasks:
+    heads = {}
+    for t in "123":
+        heads[t] = nn.Linear(16, len(tensors[f"head_{t}"]), bias=False)
+        heads[t].weight.data = tensors[f"head_{t}"]
+    pools = {t: DataLoader(TensorDataset(tensors[f"batches_{t}"].reshape(-1, 12))) for t in "123"}
+    return Tasks(ModuleModel(Encoder(), heads), {t: Task(pool) for t, pool in pools.items()})
+
+
+@pytest.mark.parametrize("clamped", ["", "_clamped"])
+@pytest.mark.parametrize("wise", ["task", "layer"])
+def test_adapts_as_the_reference(wise: str, clamped: str, golden: Golden) -> None:
+    case = f"adamerging_{wise}_wise{clamped}"
+    described, stored = golden(case)
+    options = described["hyper_parameters"]
+    tvs, tensors = inputs(case, described, 3)
+
+    def recorded(step: int) -> Iterator[Batch]:
+        for t in "123":
+            yield Batch(t, torch.arange(step * 16, (step + 1) * 16))
+
+    for steps in range(1, options["steps"] + 1):
+        run = Run()
+        delta = adamerging(
+            tvs, tasks=adamerging_problem(tensors), per="tensor" if wise == "layer" else "task", init=options["init"],
+            clamp=options["clamp"], lr=options["lr"], steps=steps, order=recorded, run=run,
+        )  # fmt: skip
+        trace = run.trace["adamerging"]
+        ours = torch.tensor(trace.coefficients.values)  # [tensors, T]
+        expected = stored[f"coefficients_{steps}"]
+        if wise == "layer":
+            rows = ["fc1.weight", "fc1.bias", "norm.weight", "norm.bias", "fc2.weight", "fc2.bias"]
+            ours, expected = ours[[trace.coefficients.tensors.index(r) for r in rows]], expected.T
+        close(ours, expected.reshape(ours.shape), described)
+        assert trace.loss[-1] == pytest.approx(stored[f"loss_{steps}"].item(), rel=1e-3, abs=2e-5)
+    merged = add(tvs.base, delta)
+    for name, tensor in part(stored, "merged/").items():
+        close(merged[name], tensor, described)
