@@ -50,7 +50,8 @@ def adamerging(
         clamp: use coefficients clamped to [0, 1]; the raw ones keep moving (their gradient is 0 outside).
         steps: updates with Adam.
         lr: its step size.
-        batch: inputs per batch; batches: fresh batches per task and update. Losses are summed over all of them.
+        batch: inputs per batch.
+        batches: fresh batches per task and update; losses are summed over all of them.
         seed: with the task and the update it decides which inputs are drawn.
         order: the batches of every update, instead of random ones.
         run: progress, resumable state, and the trace.

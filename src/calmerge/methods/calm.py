@@ -229,7 +229,8 @@ def _expert_logits(tvs: TaskVectors, tasks: Tasks, task: str, run: Run) -> Tenso
         kept: Tensor = load_file(file)["logits"]
         return kept
     expert = tvs.experts[task]
-    logits = tasks.logits({n: expert.read(n).float() for n in expert if n in tvs.base.specs}, task)
+    weights = {n: expert.read(n) for n in expert if n in tvs.base.specs}
+    logits = tasks.logits({n: w.float() if w.is_floating_point() else w for n, w in weights.items()}, task)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"logits": logits}, file)

@@ -25,6 +25,9 @@ def drop_and_rescale(tvs: TaskVectors, *, rate: Fraction = 0.9, rescale: bool = 
     >>> tvs = task_vectors({"w": torch.zeros(1000)}, {"a": {"w": torch.ones(1000)}})
     >>> drop_and_rescale(tvs, rate=0.75)["w"].unique()
     tensor([0., 4.])
+
+    Source: what DARE does before another method merges (Yu, Yu, Yu, Huang, Li, ICML 2024); yule-BUAA/MergeLM (no
+    licence file in the copy read).
     """
     if rate == 0:
         return tvs

@@ -22,6 +22,9 @@ def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2) -> TaskVectors:
     >>> tvs = task_vectors({"w": torch.zeros(5)}, {"a": {"w": torch.tensor([3.0, -1.0, 2.0, 0.0, 0.5])}})
     >>> trim(tvs, keep=0.2)["w"]
     tensor([[3., 0., 2., 0., 0.]])
+
+    Source: the first step of TIES (Yadav, Tam, Choshen, Raffel, Bansal, NeurIPS 2023); prateeky2806/ties-merging
+    (BSD-3-Clause).
     """
     d = tvs.numel
     rank = d - int(d * keep)

@@ -1,0 +1,288 @@
+"""The conformance table: what every method must pass, whatever it does."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from calmerge import CheckpointError, Run, TaskVectors, Weights, add, open_checkpoint, save, task_vectors
+from calmerge._signature import checked_call, options_of
+from calmerge._weights import ALL, blocks
+from calmerge.methods import METHODS
+from calmerge.recipe import build, load_recipe, recipe_from_dict
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method declares.
+
+    Args:
+        options: with which the properties are tried.
+        permutes: whether the order of the experts is irrelevant.
+        scales: whether c times the task vectors give c times the delta.
+        single: by options, how much of a single expert's vector comes out.
+        learns: whether it needs data.
+        random: whether another seed gives another result.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    permutes: bool = True
+    scales: bool = True
+    single: tuple[Mapping[str, Any], float] = field(default=({}, 1.0))
+    learns: bool = False
+    random: bool = False
+
+
+ADAMERGING = {"steps": 2, "batch": 8, "lr": 0.05}
+
+TABLE = {
+    "adamerging": Row(ADAMERGING, scales=False, single=({"steps": 0}, 0.3), learns=True, random=True),
+    "adamerging_pp": Row(
+        ADAMERGING | {"keep": 0.5}, scales=False, single=({"steps": 0, "keep": 1.0}, 0.3), learns=True, random=True
+    ),
+    "average": Row(),
+    "calm": Row(
+        {"steps": 3, "batch": 8, "sequential": 1}, permutes=False, scales=False, single=({"sequential": 0}, 1.0),
+        learns=True, random=True,
+    ),
+    "dare": Row({"rate": 0.5}, single=({"rate": 0.0}, 0.3), random=True),
+    "drop_and_rescale": Row({"rate": 0.5}, single=({"rate": 0.0}, 1.0), random=True),
+    "task_arithmetic": Row(single=({}, 0.3)),
+    "ties": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
+    "ties_split": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
+    "trim": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
+}  # fmt: skip
+
+methods = pytest.mark.parametrize("name", sorted(TABLE))
+
+
+def where(declared: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [n for n, row in sorted(TABLE.items()) if getattr(row, declared)])
+
+
+def result(name: str, tvs: TaskVectors, toy: Any, **options: Any) -> Weights:
+    """The delta; of pieces that give task vectors, their sum."""
+    if TABLE[name].learns:
+        options = {"tasks": toy.tasks} | options
+    delta = checked_call(METHODS[name], tvs, **options)
+    return delta.reduce(lambda tau, site: tau.sum(0)) if isinstance(delta, TaskVectors) else delta
+
+
+def merged(name: str, toy: Any, **options: Any) -> dict[str, Tensor]:
+    return dict(add(toy.tvs.base, result(name, toy.tvs, toy, **(dict(TABLE[name].options) | options))))
+
+
+def bits(tensor: Tensor) -> list[int]:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def same_bytes(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(a[n].dtype == b[n].dtype and bits(a[n]) == bits(b[n]) for n in a)
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+
+
+def test_every_method_stands_in_the_table() -> None:
+    assert sorted(METHODS) == sorted(TABLE)
+
+
+@methods
+def test_declares_its_data_and_its_seed(name: str) -> None:
+    options = options_of(METHODS[name])
+    assert ("tasks" in options) == TABLE[name].learns
+    assert ("seed" in options) == TABLE[name].random
+    assert ("run" in options) == TABLE[name].learns
+
+
+@methods
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_deltas_give_the_base_bit_for_bit(name: str, dtype: torch.dtype, toy: Any) -> None:
+    toy.base["fc1.bias"][:2] = torch.tensor([-0.0, 0.0])
+    toy.base["norm.weight"][0] = 1e-8
+    toy.base = cast(toy.base, dtype)
+    toy.experts = {task: {n: t.clone() for n, t in toy.base.items()} for task in toy.experts}
+    assert same_bytes(merged(name, toy), toy.base)
+
+
+@methods
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_names_shapes_and_dtypes_are_the_base_s(name: str, dtype: torch.dtype, toy: Any) -> None:
+    toy.base = cast(toy.base, dtype)
+    toy.experts = {task: cast(expert, torch.float32) for task, expert in toy.experts.items()}
+    out = merged(name, toy)
+    assert [(n, t.shape, t.dtype) for n, t in out.items()] == [(n, t.shape, t.dtype) for n, t in toy.base.items()]
+    assert any(bits(out[n]) != bits(t) for n, t in toy.base.items())
+
+
+@methods
+def test_integer_tensors_are_the_base_s(name: str, toy: Any) -> None:
+    for expert in toy.experts.values():
+        expert["order"] = torch.tensor([0, 1, 2, 3, 4])
+    assert merged(name, toy)["order"].tolist() == [4, 3, 2, 1, 0]
+
+
+@where("permutes")
+def test_the_order_of_experts_is_irrelevant_where_declared(name: str, toy: Any) -> None:
+    first = merged(name, toy)
+    toy.experts = {task: toy.experts[task] for task in ("c", "a", "d", "b")}
+    again = merged(name, toy)
+    if not TABLE[name].learns:
+        assert same_bytes(first, again)
+    for n in first:
+        torch.testing.assert_close(first[n], again[n], rtol=0, atol=1e-6)
+
+
+@where("scales")
+def test_the_delta_scales_with_the_task_vectors_where_declared(name: str, toy: Any) -> None:
+    delta = result(name, toy.tvs, toy, **TABLE[name].options)
+    double = result(name, toy.tvs.transform(lambda tau, site: 2 * tau), toy, **TABLE[name].options)
+    assert all(torch.equal(double[n], 2 * delta[n]) for n in delta)
+
+
+@methods
+def test_a_single_expert_gives_what_is_declared(name: str, toy: Any) -> None:
+    options, share = TABLE[name].single
+    toy.experts = {"b": toy.experts["b"]}
+    tvs = toy.tvs
+    delta = result(name, tvs, toy, **options)
+    for n in tvs:
+        torch.testing.assert_close(delta[n], share * tvs[n][0], rtol=1e-6, atol=0)
+
+
+@methods
+def test_inputs_are_not_changed(name: str, toy: Any) -> None:
+    before = {task: {n: t.clone() for n, t in e.items()} for task, e in {**toy.experts, "base": toy.base}.items()}
+    merged(name, toy)
+    assert all(same_bytes(before[task], e) for task, e in {**toy.experts, "base": toy.base}.items())
+    assert all(not t.requires_grad and t.grad is None for t in toy.base.values())
+
+
+@methods
+@pytest.mark.parametrize("shards", [1, 3])
+def test_streaming_from_files_gives_the_bytes_of_memory(
+    name: str, shards: int, toy: Any, tmp_path: Path, write_folder: Callable[..., Path]
+) -> None:
+    expected = dict(result(name, toy.tvs, toy, **TABLE[name].options))
+    files = {task: write_folder(tmp_path / task, expert, shards) for task, expert in toy.experts.items()}
+    tvs = task_vectors(write_folder(tmp_path / "base", toy.base, shards), files)
+    delta = result(name, tvs, toy, **TABLE[name].options)
+    assert {n: bits(delta[n]) for n in delta} == {n: bits(t) for n, t in expected.items()}
+
+
+@methods
+def test_any_chunk_gives_the_bytes_of_the_whole(name: str, toy: Any) -> None:
+    delta = result(name, toy.tvs, toy, **TABLE[name].options)
+    whole = dict(delta)
+    for rows in (1, 2, 4, 8):
+        for n, tensor in whole.items():
+            if tensor.dim():
+                parts = [delta.read(n, slice(i, min(i + rows, len(tensor)))) for i in range(0, len(tensor), rows)]
+                assert bits(torch.cat(parts)) == bits(tensor)
+    for size in (1, 7, 16):
+        parts_of: dict[str, list[Tensor]] = {}
+        for n, chosen in blocks(delta, size=size):
+            part = delta.read(n, chosen)
+            parts_of.setdefault(n, []).append(part if chosen != ALL else part.reshape(whole[n].shape))
+        for n, parts in parts_of.items():
+            assert bits(torch.cat(parts) if len(parts) > 1 else parts[0]) == bits(whole[n])
+
+
+@methods
+def test_any_shard_chunk_and_number_of_threads_writes_the_same_bytes(name: str, toy: Any, tmp_path: Path) -> None:
+    tvs = toy.tvs
+    delta = result(name, tvs, toy, **TABLE[name].options)
+    expected = dict(add(tvs.base, delta))
+    settings = [("5GB", 2**18, 1), ("5GB", 8, 3), (200, 2**18, 1), (200, 8, 3)]
+    for i, (shard, chunk, threads) in enumerate(settings):
+        save(tmp_path / str(i), tvs, delta, shard=shard, chunk=chunk, threads=threads)
+        written = open_checkpoint(tmp_path / str(i))
+        assert {n: bits(written[n]) for n in written} == {n: bits(t) for n, t in expected.items()}
+    for one, two in ((0, 1), (2, 3)):
+        files = sorted(f.name for f in (tmp_path / str(one)).glob("*.safetensors"))
+        assert len(files) == (1 if one == 0 else len(files)) > 0
+        assert all((tmp_path / str(one) / f).read_bytes() == (tmp_path / str(two) / f).read_bytes() for f in files)
+
+
+@methods
+def test_the_same_call_gives_the_same_bytes_whatever_was_drawn_before(name: str, toy: Any) -> None:
+    torch.manual_seed(1)
+    first = merged(name, toy)
+    torch.manual_seed(2)
+    assert same_bytes(first, merged(name, toy))
+
+
+@where("random")
+def test_a_seed_decides_where_there_is_one(name: str, toy: Any) -> None:
+    first = merged(name, toy, seed=0)
+    assert same_bytes(first, merged(name, toy, seed=0))
+    more = {"steps": 20, "share": 0.3} if name == "calm" else {}
+    assert not same_bytes(merged(name, toy, seed=0, **more), merged(name, toy, seed=12345, **more))
+
+
+@methods
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_refused_with_tensor_and_task(name: str, bad: float, toy: Any) -> None:
+    toy.experts["b"]["fc1.weight"][1, 2] = bad
+    with pytest.raises(CheckpointError, match=r"expert 'b': tensor 'fc1.weight' has 1 entries that are NaN or inf"):
+        merged(name, toy)
+    toy.experts["b"]["fc1.weight"][1, 2] = 0.0
+    toy.base["norm.bias"][0] = bad
+    with pytest.raises(CheckpointError, match=r"the base: tensor 'norm.bias' has 1 entries that are NaN or inf"):
+        merged(name, toy)
+
+
+@methods
+def test_a_recipe_is_the_same_call(name: str, toy: Any, tmp_path: Path) -> None:
+    """Written as YAML and read again it gives the bytes of the function call."""
+    steps: list[Any] = [{name: dict(TABLE[name].options)}]
+    if METHODS[name].__annotations__["return"] is TaskVectors:
+        steps.append({"task_arithmetic": {"scale": 1.0}})
+    written: dict[str, Any] = {"base": "./base", "experts": {t: f"./{t}" for t in toy.experts}, "merge": steps}
+    if TABLE[name].learns:
+        written["model"] = {"kind": "sequence-classifier"}
+        written["tasks"] = {t: {"classes": ["yes", "no"], "pool": "pool.csv"} for t in toy.experts}
+    recipe = recipe_from_dict(written, folder=tmp_path)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again.to_dict() == recipe.to_dict() == written
+    expected = {n: t for n, t in merged(name, toy).items() if n in toy.tvs}
+    for read in (recipe, again):
+        assert read.needs_tasks() == TABLE[name].learns
+        tvs = toy.tvs
+        delta = build(read)(tvs, toy.tasks if TABLE[name].learns else None, None)
+        assert {n: bits(add(tvs.base, delta)[n]) for n in delta} == {n: bits(t) for n, t in expected.items()}
+
+
+@where("learns")
+def test_progress_and_trace_are_left_where_something_is_learned(name: str, toy: Any) -> None:
+    run = Run()
+    merged(name, toy, run=run)
+    (trace,) = run.trace.values()
+    assert type(trace).model_validate_json(trace.model_dump_json()) == trace
+
+
+@methods
+def test_the_card_is_complete(name: str) -> None:
+    """One line, every argument, an example, and where it was published."""
+    fn = METHODS[name]
+    card = inspect.getdoc(fn)
+    assert card
+    summary, _, rest = card.partition("\n\n")
+    assert "\n" not in summary
+    assert summary.endswith(".")
+    assert ">>>" in rest
+    source = re.search(r"^Source: (.+?)(?=\n\n|\nDifferences:|\Z)", rest, re.MULTILINE | re.DOTALL)
+    assert source, "no 'Source:'"
+    assert re.search(r"(ICLR|ICML|NeurIPS|TMLR|PMLR|CVPR|ICCV|ACL|EMNLP|arXiv)\s+(19|20)\d\d", source[1])
+    arguments = re.search(r"^Args:\n((?:    .*\n|\n)+)", rest, re.MULTILINE)
+    assert arguments, "no 'Args:'"
+    described = re.findall(r"^    (\w+): ", arguments[1], re.MULTILINE)
+    assert described == list(inspect.signature(fn).parameters)
