@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,12 @@ def toy() -> Toy:
         labels = (uniform((12,), task, "label") * classes).long()
         tasks[task] = Task(DataLoader(TensorDataset(x["pool"])), DataLoader(TensorDataset(x["test"], labels)))
     return Toy(base, experts, heads, module, Tasks(ModuleModel(module, heads), tasks))
+
+
+@pytest.fixture
+def save_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of a fit is saved after every update, not every so many seconds."""
+    monkeypatch.setattr(import_module("calmerge.fitting.fit"), "SAVE_EVERY", -1.0)
 
 
 @pytest.fixture

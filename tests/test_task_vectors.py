@@ -9,6 +9,7 @@ from torch import Tensor
 
 from calmerge import CheckpointError, TaskVectors, UsageError, task_vectors
 from calmerge._task_vectors import materialise, own_names
+from calmerge.pieces import trim
 
 BASE = {"enc.w": torch.zeros(2, 3), "enc.b": torch.zeros(3), "steps": torch.tensor(7)}
 
@@ -226,6 +227,16 @@ def test_the_fingerprint_changes_with_base_and_experts() -> None:
         for b, e in [(0.0, 1.0), (0.5, 1.0), (0.0, 2.0)]
     }
     assert len(prints) == 3
+
+
+def test_the_fingerprint_changes_with_what_was_done_to_the_vectors(tmp_path: Path) -> None:
+    """The state of a fit is found again by it: two ways to trim the same experts must not share one."""
+    tvs = task_vectors({"w": torch.zeros(40)}, {"a": {"w": torch.arange(40.0)}})
+    trimmed = [trim(tvs, keep=keep) for keep in (0.1, 0.5)]
+    prints = [v.fingerprint for v in (tvs, *trimmed)]
+    assert len(set(prints)) == 3
+    assert trim(tvs, keep=0.1).fingerprint == prints[1]
+    assert trimmed[0].spill(tmp_path).fingerprint != prints[0]
 
 
 def test_materialise_computes_once() -> None:

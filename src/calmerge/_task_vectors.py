@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calmerge._checkpoint import Checkpoint, Source, open_checkpoint
 from calmerge._errors import CheckpointError, UsageError, did_you_mean
-from calmerge._weights import ALL, Computed, Memo, Spec, StateDict, Weights
+from calmerge._weights import ALL, Computed, Memo, Spec, StateDict, Weights, digest, row_size
 
 Merge = Callable[["TaskVectors"], Weights]
 """From task vectors to one delta: what `inner=` takes. `functools.partial` configures it."""
@@ -120,8 +120,17 @@ class TaskVectors(Weights):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when base or experts do: from sizes and times of files, or from some of the values."""
-        return "/".join(w.fingerprint for w in (self.base, *self.experts.values()))
+        """Changes when base or experts do, or what was done to the vectors, as far as some of the values tell."""
+        inputs = "/".join(w.fingerprint for w in (self.base, *self.experts.values()))
+        if isinstance(self._source, _Deltas):
+            return inputs
+        return inputs + "/" + digest([(name, self._some(name)) for name in self.specs])
+
+    def _some(self, name: str) -> str:
+        """A digest of the first rows, about 4,096 entries a task; of the whole tensor, where it must be read whole."""
+        spec = self.specs[name]
+        rows = slice(0, max(1, 4096 // max(1, row_size(spec)))) if self.elementwise and spec.shape else ALL
+        return digest(self.read(name, rows).cpu().contiguous().numpy().tobytes())
 
     def _device(self) -> torch.device:
         return self.read(min(self.specs, key=lambda n: self.specs[n].numel)).device

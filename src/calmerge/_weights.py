@@ -92,7 +92,7 @@ class Weights(Mapping[str, Tensor]):
     @property
     def fingerprint(self) -> str:
         """Changes when the weights do, as far as that can be told without reading them."""
-        return _digest(sorted(self.specs.items()))
+        return digest(sorted(self.specs.items()))
 
 
 class StateDict(Weights):
@@ -116,7 +116,7 @@ class StateDict(Weights):
     def fingerprint(self) -> str:
         """A digest of up to 64 entries of every tensor."""
         some = {n: t.detach().flatten()[:: max(1, t.numel() // 64)].tolist() for n, t in self._tensors.items()}
-        return _digest(sorted(some.items()))
+        return digest(sorted(some.items()))
 
 
 class Computed(Weights):
@@ -157,7 +157,8 @@ class Computed(Weights):
         return memo[key]
 
 
-def _digest(content: object) -> str:
+def digest(content: object) -> str:
+    """A short hash of what `repr` shows of `content`."""
     return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 

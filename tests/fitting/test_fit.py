@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +130,7 @@ ADAM = partial(torch.optim.Adam, lr=0.1)
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 3])
-def test_an_interrupted_fit_goes_on_and_ends_the_same(
-    fail_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(import_module("calmerge.fitting.fit"), "SAVE_EVERY", -1.0)
+def test_an_interrupted_fit_goes_on_and_ends_the_same(fail_at: int, tmp_path: Path, save_always: None) -> None:
     whole = fit(scaled, START, counting(3.0), base=BASE, optimizer=ADAM, steps=5)
     again = partial(fit, scaled, START, base=BASE, optimizer=ADAM, steps=5, run=Run(tmp_path), key="k")
     with pytest.raises(KeyboardInterrupt):
