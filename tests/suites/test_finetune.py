@@ -21,15 +21,8 @@ from torch.utils.data import TensorDataset
 
 from calmerge._errors import CheckpointError, DataError, FitError, UsageError
 from calmerge._run import Run
-from calmerge.suites.finetune import (
-    Finetune,
-    accuracy,
-    finetune,
-    fit_linear,
-    make_experts,
-    open_model,
-    probe,
-)
+from calmerge.suites.classifiers import accuracy, fit_linear, open_model, probe
+from calmerge.suites.finetune import Finetune, finetune, make_experts
 from calmerge.tasks.data import DatasetExamples, TextExamples, load_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "good", "fine", "bad", "poor", "the", "film", "was"]

@@ -16,18 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
 from calmerge._errors import DataError, UsageError
-from calmerge.tasks.data import (
-    DatasetExamples,
-    ImageExamples,
-    TextExamples,
-    class_ids,
-    from_loader,
-    image_tensor,
-    preprocessing,
-    read_columns,
-    read_examples,
-    read_table,
-)
+from calmerge.tasks.data import DatasetExamples, TextExamples, class_ids, from_loader, read_columns, read_examples
+from calmerge.tasks.images import ImageExamples, image_tensor, preprocessing
+from calmerge.tasks.tables import read_table
 
 PLAIN = {"num_channels": 1, "do_resize": False, "do_normalize": False}
 PETS = ["cat", "dog"]

@@ -14,23 +14,32 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from calmerge._errors import CheckpointError, DataError, FitError, MissingExtra, UsageError, did_you_mean
+from calmerge._errors import DataError, FitError, UsageError, did_you_mean
 from calmerge._run import Run
+from calmerge.suites._fetch import sha256
+from calmerge.suites.classifiers import (
+    HEAD_FILE,
+    Kind,
+    Module,
+    SentenceClassifier,
+    accuracy,
+    features,
+    fit_linear,
+    head_names,
+    labelled,
+    last_linear,
+    logits_of,
+)
+from calmerge.suites.classifiers import open_model as open_model
 from calmerge.tasks.base import Examples
 from calmerge.tasks.data import read_examples
 
-Kind = Literal["sequence-classifier", "sentence-encoder", "image-classifier"]
-
-if TYPE_CHECKING:
-    Module = torch.nn.Module
-
 BESIDE = ("tokenizer*", "vocab*", "special_tokens_map.json", "merges.txt", "*.model", "preprocessor_config.json")
-HEAD_FILE = "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -220,138 +229,6 @@ def make_experts(
     return made
 
 
-def probe(
-    base: Path,
-    train: Examples,
-    test: Examples,
-    *,
-    kind: Kind,
-    classes: Sequence[str],
-    l2: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1),
-) -> float:
-    """Test accuracy of a linear head on the frozen base; the best of the `l2`, to be generous to the base."""
-    model = open_model(base, kind, classes)
-    x, y = features(model, train)
-    x_test, y_test = features(model, test)
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
-    x, x_test = (x - mean) / std, (x_test - mean) / std
-    scores = []
-    for strength in l2:
-        weight, bias = fit_linear(x, y, len(classes), strength)
-        scores.append(((x_test @ weight.T + bias).argmax(1) == y_test).double().mean().item())
-    return max(scores)
-
-
-def open_model(folder: Path, kind: Kind, classes: Sequence[str]) -> "Module":
-    """The float32 model of a base or expert folder with a head of this many classes, in evaluation mode."""
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtra("transformers", "hf") from None
-    if not (Path(folder) / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json. Expected a Hugging Face model folder.")
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # "some weights were newly initialised": that is the point
-    transformers.logging.disable_progress_bar()
-    try:
-        if kind == "sentence-encoder":
-            encoder = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
-            model: Module = SentenceClassifier(encoder, len(classes))
-            if (Path(folder) / HEAD_FILE).is_file():
-                from safetensors.torch import load_file
-
-                model.load_state_dict(load_file(Path(folder) / HEAD_FILE), strict=False)
-            return model.eval()
-        auto = {
-            "sequence-classifier": transformers.AutoModelForSequenceClassification,
-            "image-classifier": transformers.AutoModelForImageClassification,
-        }
-        id2label = dict(enumerate(classes))
-        label2id = {name: index for index, name in id2label.items()}
-        opened = auto[kind].from_pretrained(folder, id2label=id2label, label2id=label2id, dtype=torch.float32)
-        module: Module = opened.eval()
-        return module
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-
-
-class SentenceClassifier(torch.nn.Module):
-    """An encoder, the mean of its token states scaled to length 1, and a linear head."""
-
-    base_model_prefix = "encoder"
-
-    def __init__(self, encoder: Any, classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = torch.nn.Linear(encoder.config.hidden_size, classes)
-        torch.nn.init.normal_(self.head.weight, std=0.02)
-        torch.nn.init.zeros_(self.head.bias)
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits, [N, classes]."""
-        states = self.encoder(**inputs).last_hidden_state.float()  # [N, tokens, width]
-        mask = inputs["attention_mask"].unsqueeze(-1).float()
-        pooled = (states * mask).sum(1) / mask.sum(1).clamp_min(1)
-        logits: Tensor = self.head(torch.nn.functional.normalize(pooled, dim=-1))
-        return logits
-
-
-def head_names(model: "Module") -> list[str]:
-    """Names of the parameters outside the backbone."""
-    prefix = str(getattr(model, "base_model_prefix", "")) + "."
-    return [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
-
-
-def logits_of(model: "Module", inputs: Any) -> Tensor:
-    """The model's logits, whether it returns them bare or in a record."""
-    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    logits: Tensor = output.logits if hasattr(output, "logits") else output
-    return logits.float()
-
-
-def accuracy(model: "Module", examples: Examples, *, batch: int = 128) -> float:
-    """Fraction of right predictions, in [0, 1], computed in bfloat16 where the processor multiplies it."""
-    right = 0
-    model.eval()
-    with torch.no_grad():
-        for inputs, labels in _batches(examples, batch):
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = logits_of(model, inputs)
-            right += int((logits.argmax(1) == labels).sum())
-    return right / len(examples)
-
-
-def features(model: "Module", examples: Examples, *, batch: int = 128) -> tuple[Tensor, Tensor]:
-    """What the last linear layer of the head receives, [N, width], and the labels, [N]."""
-    last = _last_linear(model)
-    seen: list[Tensor] = []
-    hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float()))
-    labels = []
-    model.eval()
-    with torch.no_grad():
-        for inputs, y in _batches(examples, batch):
-            logits_of(model, inputs)
-            labels.append(y)
-    hook.remove()
-    return torch.cat(seen), torch.cat(labels)
-
-
-def fit_linear(x: Tensor, y: Tensor, classes: int, l2: float, *, steps: int = 200) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression: argmin_W,b mean CE(x W^T + b, y) + l2 |W|^2 / 2, by L-BFGS."""
-    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = torch.nn.functional.cross_entropy(x @ weight.T + bias, y) + l2 / 2 * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    optimiser.step(closure)  # type: ignore[arg-type, no-untyped-call]
-    return weight.detach(), bias.detach()
-
-
 def learning_rate(step: int, steps: int, settings: Finetune) -> float:
     """Factor on the peak rate at a step counted from 0: a linear rise, then half a cosine down to 0.
 
@@ -366,9 +243,7 @@ def learning_rate(step: int, steps: int, settings: Finetune) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _train(
-    model: "Module", head: list[str], train: Examples, settings: Finetune, seed: int, name: str, run: Run
-) -> None:
+def _train(model: Module, head: list[str], train: Examples, settings: Finetune, seed: int, name: str, run: Run) -> None:
     groups = _parameter_groups(model, head, settings)
     parameters = [p for group in groups for p in group["params"]]
     optimiser = torch.optim.AdamW(groups, fused=True)
@@ -381,7 +256,7 @@ def _train(
         for step, indices in enumerate(_shuffled(train, settings, order)):
             for group, peak in zip(optimiser.param_groups, peaks, strict=True):
                 group["lr"] = peak * learning_rate(step, steps, settings)
-            inputs, labels = _labelled(train.batch(indices))
+            inputs, labels = labelled(train.batch(indices))
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast == "bfloat16"):
                 logits = logits_of(model, inputs)
             loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
@@ -395,7 +270,7 @@ def _train(
     model.eval()
 
 
-def _parameter_groups(model: "Module", head: list[str], settings: Finetune) -> list[dict[str, Any]]:
+def _parameter_groups(model: Module, head: list[str], settings: Finetune) -> list[dict[str, Any]]:
     """Backbone and head, matrices and vectors, each with its rate and decay; the rest is frozen."""
     prefix = str(getattr(model, "base_model_prefix", "")) + "."
     members: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
@@ -412,22 +287,13 @@ def _parameter_groups(model: "Module", head: list[str], settings: Finetune) -> l
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in members.items()]
 
 
-def _fit_head_first(model: "Module", head: list[str], train: Examples, settings: Finetune, run: Run) -> None:
-    last = _last_linear(model)
+def _fit_head_first(model: Module, head: list[str], train: Examples, settings: Finetune, run: Run) -> None:
+    last = last_linear(model)
     x, y = features(model, train)
     weight, bias = fit_linear(x, y, last.out_features, settings.head_l2)
     with torch.no_grad():
         last.weight.copy_(weight)
         last.bias.copy_(bias)
-
-
-def _last_linear(model: "Module") -> torch.nn.Linear:
-    prefix = str(getattr(model, "base_model_prefix", "")) + "."
-    linear = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
-    found = [module for name, module in linear if not (name + ".").startswith(prefix)]
-    if not found:
-        raise CheckpointError(f"{type(model).__name__}: no linear layer after the backbone, so no head to fit.")
-    return found[-1]
 
 
 def _shuffled(train: Examples, settings: Finetune, order: torch.Generator) -> Iterator[Tensor]:
@@ -443,23 +309,11 @@ def _shuffled(train: Examples, settings: Finetune, order: torch.Generator) -> It
             yield batches[i]
 
 
-def _batches(examples: Examples, size: int) -> Iterator[tuple[Any, Tensor]]:
-    for indices in torch.split(torch.arange(len(examples)), size):
-        yield _labelled(examples.batch(indices))
-
-
-def _labelled(batch: tuple[Any, Tensor | None]) -> tuple[Any, Tensor]:
-    inputs, labels = batch
-    if labels is None:
-        raise DataError("these examples have no labels; name the label column when reading them.")
-    return inputs, labels
-
-
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _save(model: "Module", base: Path, out: Path, kind: Kind, record: Mapping[str, Any]) -> None:
+def _save(model: Module, base: Path, out: Path, kind: Kind, record: Mapping[str, Any]) -> None:
     """Write the folder under a temporary name, then rename it."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -476,7 +330,8 @@ def _save(model: "Module", base: Path, out: Path, kind: Kind, record: Mapping[st
     for file in sorted(base.iterdir()):
         if _matches(file.name, BESIDE) and not (partial / file.name).exists():
             shutil.copyfile(file, partial / file.name)
-    (partial / "expert.json").write_text(json.dumps(record, indent=1) + "\n")
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(partial.iterdir())}
+    (partial / "expert.json").write_text(json.dumps({**record, "files": files}, indent=1) + "\n")
     if out.exists():
         shutil.rmtree(out)
     partial.replace(out)
@@ -497,10 +352,4 @@ def _plain(value: Any) -> Any:
 
 def _weights_key(base: Path) -> str:
     """sha256 of the base's weights."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for file in sorted(base.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
+    return "-".join(sha256(file) for file in sorted(base.glob("*.safetensors")))

@@ -14,7 +14,7 @@ from calmerge._weights import StateDict, Weights, add
 from calmerge.methods.average import average
 from calmerge.methods.task_arithmetic import task_arithmetic
 from calmerge.methods.ties import ties
-from calmerge.suites.finetune import probe
+from calmerge.suites.classifiers import probe
 from calmerge.tasks.base import Split, Tasks
 from calmerge.tasks.data import read_examples
 from calmerge.tasks.hf import open_suite

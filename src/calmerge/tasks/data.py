@@ -10,11 +10,7 @@ What is read becomes an `Examples`: `len(examples)` and `examples.batch(indices)
 None)`. A split read without `label` never touches its label column.
 """
 
-import csv
-import hashlib
-import io
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +18,11 @@ import torch
 from torch import Tensor
 
 from calmerge._errors import DataError, MissingExtra, UsageError, did_you_mean
+from calmerge.tasks.fingerprint import fingerprint
+from calmerge.tasks.images import ImageExamples, preprocessing
+from calmerge.tasks.tables import Source, read_image_folder, read_table
 
-Source = str | Path
-Table = dict[str, list[Any]]
-
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-KEEP_DECODED = 1 << 28  # bytes of decoded images that one split may keep in memory
+Unpack = Callable[[Any], tuple[Any, Tensor | None]]
 
 
 def read_examples(
@@ -77,7 +71,7 @@ def read_columns(
     """The column of inputs and, if `label` names a column, its labels as class ids (int64, [N])."""
     path = Path(source)
     if path.is_dir():
-        inputs, names = _read_image_folder(path, labelled=label is not None)
+        inputs, names = read_image_folder(path, labelled=label is not None)
         values: list[Any] | None = names if label is not None else None
         if label is not None and not classes:
             classes = sorted(set(names))
@@ -90,25 +84,6 @@ def read_columns(
     if values is None or label is None:
         return inputs, None
     return inputs, class_ids(values, classes, where=f"{source}", column=label)
-
-
-def read_table(source: Source, columns: Sequence[str]) -> Table:
-    """The named columns of a table, whole; other columns are not read (Parquet) or dropped (CSV, JSONL)."""
-    path = Path(source)
-    suffix = path.suffix.lower()
-    if suffix in TABLES or isinstance(source, Path):
-        if not path.is_file():
-            raise DataError(f"{source}: no such file.{_neighbours(path)}")
-        readers: dict[str, Callable[[Path, Sequence[str]], Table]] = {
-            ".csv": _read_csv,
-            ".tsv": _read_csv,
-            ".jsonl": _read_jsonl,
-            ".parquet": _read_parquet,
-        }
-        if suffix not in readers:
-            raise DataError(f"{source}: do not know how to read '{suffix}' files. Expected one of {', '.join(TABLES)}.")
-        return readers[suffix](path, columns)
-    return _read_datasets(source, columns)
 
 
 def class_ids(values: Sequence[Any], classes: Sequence[str], *, where: str, column: str) -> Tensor:
@@ -152,21 +127,7 @@ def load_tokenizer(model: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(model))
 
 
-def preprocessing(model: Path) -> dict[str, Any]:
-    """`preprocessor_config.json` of a model folder, with `num_channels` from its `config.json`."""
-    file = Path(model) / "preprocessor_config.json"
-    if not file.is_file():
-        raise DataError(
-            f"{model}: no preprocessor_config.json, so it is unknown how images are scaled. "
-            "Copy the one of the base model."
-        )
-    settings: dict[str, Any] = json.loads(file.read_text())
-    config = Path(model) / "config.json"
-    channels = json.loads(config.read_text()).get("num_channels", 3) if config.is_file() else 3
-    return {"num_channels": channels} | settings
-
-
-def from_loader(loader: "torch.utils.data.DataLoader[Any]", unpack: "Unpack | None" = None) -> "DatasetExamples":
+def from_loader(loader: "torch.utils.data.DataLoader[Any]", unpack: Unpack | None = None) -> "DatasetExamples":
     """The dataset behind a `DataLoader`, with the loader's own collating; its order is not used."""
     return DatasetExamples(loader.dataset, loader.collate_fn, unpack)
 
@@ -196,7 +157,7 @@ class TextExamples:
         }
         self.labels = labels
         self.lengths = self.inputs["attention_mask"].sum(1)
-        self.fingerprint = _fingerprint([*(t.numpy().tobytes() for t in self.inputs.values()), labels])
+        self.fingerprint = fingerprint([*(t.numpy().tobytes() for t in self.inputs.values()), labels])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -206,54 +167,6 @@ class TextExamples:
         used = self.inputs["attention_mask"][indices].any(0)
         inputs = {name: values[indices][:, used].long() for name, values in self.inputs.items()}
         return inputs, None if self.labels is None else self.labels[indices]
-
-
-class ImageExamples:
-    """Images, decoded when they are first asked for.
-
-    Args:
-        images: N images: paths, encoded bytes, or `{"bytes": ..., "path": ...}` as `datasets` writes them,
-            or PIL images.
-        labels: class ids, int64, [N]; None for an unlabelled pool.
-        settings: the fields of `preprocessor_config.json` (do_resize, size, do_center_crop, crop_size,
-            do_rescale, rescale_factor, do_normalize, image_mean, image_std, resample) and `num_channels` (1
-            or 3).
-        where: said in errors.
-
-    A batch holds `pixel_values`, float32, [N, channels, height, width]. Decoded images are kept if the split
-    fits 256 MB.
-    """
-
-    def __init__(
-        self, images: Sequence[Any], labels: Tensor | None, settings: Mapping[str, Any], *, where: str = "images"
-    ) -> None:
-        if not images:
-            raise DataError(f"{where}: the split is empty. Expected at least one image.")
-        self.images = list(images)
-        self.labels = labels
-        self.settings = settings
-        self.where = where
-        self._decoded: dict[int, Tensor] = {}
-        self.fingerprint = _fingerprint([*(_image_key(image) for image in self.images), labels])
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batch(self, indices: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The pixels of these images and their labels."""
-        pixels = torch.stack([self._pixels(int(index)) for index in indices])
-        return {"pixel_values": pixels}, None if self.labels is None else self.labels[indices]
-
-    def _pixels(self, index: int) -> Tensor:
-        if index in self._decoded:
-            return self._decoded[index]
-        pixels = image_tensor(open_image(self.images[index], f"{self.where}, row {index + 1}"), self.settings)
-        if pixels.nbytes * len(self.images) <= KEEP_DECODED:
-            self._decoded[index] = pixels
-        return pixels
-
-
-Unpack = Callable[[Any], tuple[Any, Tensor | None]]
 
 
 class DatasetExamples:
@@ -286,168 +199,12 @@ class DatasetExamples:
         return self.unpack(self.collate_fn([self.dataset[int(index)] for index in indices]))
 
 
-def open_image(image: Any, where: str) -> Any:
-    """A PIL image from a path, bytes or the struct that `datasets` stores."""
-    try:
-        import PIL.Image
-    except ImportError:
-        raise MissingExtra("pillow", "data") from None
-    if isinstance(image, PIL.Image.Image):
-        return image
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
-    try:
-        opened = PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        opened.load()
-    except FileNotFoundError:
-        raise DataError(f"{where}: no such image: {image}.") from None
-    except (OSError, AttributeError, TypeError, ValueError, SyntaxError) as error:
-        raise DataError(f"{where}: the image cannot be read ({error}).") from None
-    return opened
-
-
-def image_tensor(image: Any, settings: Mapping[str, Any]) -> Tensor:
-    """A PIL image scaled as a `preprocessor_config.json` says: float32, [channels, height, width]."""
-    import numpy
-    import PIL.Image
-
-    image = image.convert("L" if settings.get("num_channels", 3) == 1 else "RGB")
-    resample = PIL.Image.Resampling(settings.get("resample", PIL.Image.Resampling.BILINEAR))
-    if settings.get("do_resize", True) and settings.get("size"):
-        image = image.resize(_target_size(image.size, settings["size"]), resample)
-    if settings.get("do_center_crop", False):
-        height, width = _height_width(settings.get("crop_size") or settings["size"])
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    pixels = torch.from_numpy(numpy.array(image, dtype=numpy.float32))
-    pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
-    if settings.get("do_rescale", True):
-        pixels = pixels * settings.get("rescale_factor", 1 / 255)
-    if settings.get("do_normalize", True):
-        mean = torch.tensor(settings.get("image_mean", 0.5), dtype=torch.float32).reshape(-1, 1, 1)
-        std = torch.tensor(settings.get("image_std", 0.5), dtype=torch.float32).reshape(-1, 1, 1)
-        pixels = (pixels - mean) / std
-    return pixels
-
-
-def _height_width(size: int | Mapping[str, int]) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    return size["height"], size["width"]
-
-
-def _target_size(size: tuple[int, int], target: int | Mapping[str, int]) -> tuple[int, int]:
-    """PIL's (width, height) of a resized image; `shortest_edge` keeps the proportions."""
-    if isinstance(target, Mapping) and "shortest_edge" in target:
-        factor = target["shortest_edge"] / min(size)
-        return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
-    height, width = _height_width(target)
-    return width, height
-
-
 def _as_integer(value: Any) -> int | None:
     try:
         index = int(value)
     except (TypeError, ValueError):
         return None
     return index if index == float(value) else None
-
-
-def _neighbours(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" The folder {path.parent} does not exist either."
-    names = [p.name for p in path.parent.iterdir()]
-    return " " + did_you_mean(path.name, names) if names else ""
-
-
-def _require(columns: Sequence[str], found: Sequence[str], source: Source) -> None:
-    for column in columns:
-        if column not in found:
-            raise DataError(f"{source}: no column '{column}'. {did_you_mean(column, found)}")
-
-
-def _read_csv(path: Path, columns: Sequence[str]) -> Table:
-    limit = csv.field_size_limit(1 << 30)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            _require(columns, reader.fieldnames or [], path)
-            rows = [[row[column] for column in columns] for row in reader]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
-    finally:
-        csv.field_size_limit(limit)
-    return {column: [row[i] for row in rows] for i, column in enumerate(columns)}
-
-
-def _read_jsonl(path: Path, columns: Sequence[str]) -> Table:
-    table: Table = {column: [] for column in columns}
-    for row, record in enumerate(_json_lines(path), 1):
-        for column in columns:
-            if column not in record:
-                hint = did_you_mean(column, record)
-                raise DataError(f"{path}: row {row} has no column '{column}'. {hint}")
-            table[column].append(record[column])
-    return table
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}: line {number} is not JSON ({error.msg}).") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{path}: line {number}: expected an object, found {type(record).__name__}.")
-            yield record
-
-
-def _read_parquet(path: Path, columns: Sequence[str]) -> Table:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise MissingExtra("pyarrow", "data") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            _require(columns, file.schema_arrow.names, path)
-            table = file.read(columns=list(columns))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}).") from None
-    return {column: table.column(column).to_pylist() for column in columns}
-
-
-def _read_datasets(source: Source, columns: Sequence[str]) -> Table:
-    """A split of a `datasets` id, `"id:split"` or `"id#configuration:split"`."""
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtra("datasets", "data") from None
-    name, colon, split = str(source).partition(":")
-    name, _, configuration = name.partition("#")
-    if not colon:
-        raise DataError(
-            f"{source}: no such file; and as a `datasets` id it needs a split, for example '{source}:train'."
-        )
-    try:
-        loaded = datasets.load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # the library raises its own, the hub's and the network's errors
-        raise DataError(f"{source}: could not be loaded by `datasets` ({error}).") from error
-    _require(columns, loaded.column_names, source)
-    return {column: list(loaded[column]) for column in columns}
-
-
-def _read_image_folder(folder: Path, *, labelled: bool) -> tuple[list[Any], list[Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
-    if not files:
-        raise DataError(f"{folder}: no images found. Expected files such as {folder / 'CLASS' / 'name.png'}.")
-    loose = [p for p in files if p.parent == folder]
-    if labelled and loose:
-        raise DataError(f"{loose[0]}: lies in no class's sub-folder. Expected {folder / 'CLASS' / loose[0].name}.")
-    return list(files), [p.relative_to(folder).parts[0] for p in files]
 
 
 def _pair_or_mapping(batch: Any) -> tuple[Any, Tensor | None]:
@@ -465,20 +222,3 @@ def _pair_or_mapping(batch: Any) -> tuple[Any, Tensor | None]:
         f"a batch of type {type(batch).__name__} is neither (inputs, labels) nor a mapping; "
         "give `unpack=` to take it apart."
     )
-
-
-def _image_key(image: Any) -> bytes:
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes):
-        return image
-    return image.tobytes() if hasattr(image, "tobytes") else str(image).encode()
-
-
-def _fingerprint(parts: Sequence[bytes | Tensor | None]) -> str:
-    """sha256 over inputs and labels; says whether two splits are the same."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = b"" if part is None else part if isinstance(part, bytes) else part.numpy().tobytes()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
