@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -23,6 +24,8 @@ from calmerge._errors import CheckpointError, DataError, FitError, UsageError
 from calmerge._run import Run
 from calmerge.suites.classifiers import accuracy, fit_linear, open_model, probe
 from calmerge.suites.finetune import Finetune, finetune, make_experts
+from calmerge.suites.suite import load_suite
+from calmerge.suites.validity import complaints, validity
 from calmerge.tasks.data import DatasetExamples, TextExamples, load_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "good", "fine", "bad", "poor", "the", "film", "was"]
@@ -257,6 +260,28 @@ def test_experts_are_made_once_and_again_if_the_recipe_changes(tmp_path: Path, b
     suite["tasks"]["a"]["finetune"] = {"epochs": 2}
     assert make_experts(suite, tmp_path, ["a"])["a"]["settings"]["epochs"] == 2
     assert expert.stat().st_mtime_ns != before
+
+
+def test_validity_measures_every_reference(tmp_path: Path, base: Path) -> None:
+    parts = suite_at(tmp_path, base)
+    for task in parts["tasks"].values():
+        task |= {"pool": "train.parquet", "validation": "validation.parquet", "test": "test.parquet"}
+    for split in ("validation", "test"):
+        shutil.copyfile(tmp_path / "train.parquet", tmp_path / f"{split}.parquet")
+    parts |= {"suite": "tiny", "version": 1, "exclude": ["*embeddings*"], "finetune": {"epochs": 8, "lr": 3e-3}}
+    parts["tasks"]["b"]["finetune"] = {"seed": 1}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(parts))
+    suite = load_suite(tmp_path / "tiny.yaml")
+    made = make_experts(suite.data, suite.folder)
+    found = validity(suite)
+    assert list(found) == ["probe", "experts", "base", "average", "task_arithmetic", "ties"]
+    assert found["probe"] == {"a": 1.0, "b": 1.0}
+    experts = {}
+    for name in made:
+        expert = open_model(tmp_path / "experts" / name, "sequence-classifier", CLASSES)
+        experts[name] = accuracy(expert, TextExamples(TEXTS, LABELS, load_tokenizer(base)))
+    assert found["experts"] == pytest.approx(experts, abs=0.04)  # one of them computes in bfloat16
+    assert complaints(found)
 
 
 def test_mistakes_in_a_suite(tmp_path: Path, base: Path) -> None:

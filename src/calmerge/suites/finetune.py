@@ -2,8 +2,7 @@
 
 An expert is a folder as `transformers` saves it (weights in float32, the head with its class names in the
 configuration, tokenizer or image settings beside it) with an `expert.json` that says how it was made.
-`finetune` makes one, `make_experts` all of a suite, `probe` the linear probe of the frozen base that a good
-expert must beat.
+`finetune` makes one, `make_experts` all of a suite.
 """
 
 import fnmatch
