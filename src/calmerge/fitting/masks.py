@@ -50,10 +50,11 @@ class Search(NamedTuple):
 def flip_threshold(steps: int, *, logit: float = 5.0, alpha: float = 1.0) -> float:
     """The least constant force F = -lr G d that turns a logit of -logit positive within `steps` updates.
 
-    m <- m + (F - alpha) sigma'(m), about F = alpha + 147 / steps for logit 5.
+    m <- m + (F - alpha) sigma'(m), about F = alpha + 147 / steps for logit 5; 0.1 % on top, since the updates are done in
+    float32, where rounding would decide about an entry that feels exactly this force.
 
     >>> round(flip_threshold(100), 2), round(flip_threshold(1))
-    (2.61, 753)
+    (2.62, 754)
     """
 
     def flips(force: float) -> bool:
@@ -71,7 +72,7 @@ def flip_threshold(steps: int, *, logit: float = 5.0, alpha: float = 1.0) -> flo
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if flips(middle) else (middle, high)
-    return high
+    return high * 1.001
 
 
 def consensus_mask(
