@@ -60,7 +60,8 @@ def fit(
         optimizer: from the list of parameters to a torch optimizer, e.g. `partial(torch.optim.Adam, lr=1e-3)`.
         steps: number of updates.
         penalty: by tensor name, what is added to the loss for it.
-        observe: numbers to keep, asked for after every update.
+        observe: numbers to keep, asked for after every update; and once before the first (of a resumed fit, the next),
+            for what it compares with.
         run: where progress is told, and where the state is kept so that an interrupted fit goes on and ends the same.
         label: names the progress bar and the state's file.
         key: describes everything that decides the result; a saved state with another key is refused.
@@ -92,6 +93,8 @@ def fit(
                 f"{state.parent} holds the state after {first} updates, more than the {steps} asked for. "
                 "Name another folder, or delete this one."
             )
+    if observe:
+        observe(params)
     theta = empty(merged(params), next(iter(params.values())).device)
     saved = time.monotonic()
     with run.progress.track(label, steps, "update") as bar:

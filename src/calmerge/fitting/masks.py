@@ -50,8 +50,8 @@ class Search(NamedTuple):
 def flip_threshold(steps: int, *, logit: float = 5.0, alpha: float = 1.0) -> float:
     """The least constant force F = -lr G d that turns a logit of -logit positive within `steps` updates.
 
-    m <- m + (F - alpha) sigma'(m), about F = alpha + 147 / steps for logit 5; 0.1 % on top, since the updates are done in
-    float32, where rounding would decide about an entry that feels exactly this force.
+    m <- m + (F - alpha) sigma'(m), about F = alpha + 147 / steps for logit 5; and 0.1 % on top, since updates are made
+    in float32, where rounding would decide about an entry that feels exactly this force.
 
     >>> round(flip_threshold(100), 2), round(flip_threshold(1))
     (2.62, 754)
@@ -101,7 +101,7 @@ def consensus_mask(
         key: describes everything that decides the result.
     """
     if run.folder and (run.folder / "record.json").is_file():
-        return _finished(run.folder, key)
+        return _finished(run.folder, key, list(tau_u))
     gradient = tasks.gradient(pseudo_label, draw)
     names = _maskable(tau_u, base, tasks, draw, search)
     logits = start_logits(tau_k, names, top=search.top, logit=search.logit)
@@ -281,9 +281,11 @@ def _finish(folder: Path, key: str, merged: Weights, mask: Mapping[str, Tensor],
     os.replace(folder / "record.partial", folder / "record.json")
 
 
-def _finished(folder: Path, key: str) -> tuple[Weights, dict[str, Tensor], CalmStage]:
+def _finished(folder: Path, key: str, names: Sequence[str]) -> tuple[Weights, dict[str, Tensor], CalmStage]:
+    """A stage that was kept, with its tensors in the model's order (a file has its own)."""
     kept = json.loads((folder / "record.json").read_text())
     if kept["key"] != key:
         raise UsageError(f"{folder} holds the state of another run. Name another folder, or delete this one.")
-    merged = materialise(open_checkpoint(folder / "merged.safetensors"))
-    return merged, load_masks(folder / "mask.safetensors"), CalmStage.model_validate(kept["record"])
+    merged = materialise(select(open_checkpoint(folder / "merged.safetensors"), names))
+    masks = load_masks(folder / "mask.safetensors")
+    return merged, {n: masks[n] for n in names if n in masks}, CalmStage.model_validate(kept["record"])

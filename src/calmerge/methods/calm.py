@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from calmerge._errors import DataError, UsageError, did_you_mean
@@ -112,9 +114,9 @@ def calm(
     pools = credible_pools(tvs, tasks, ratio=ratio, sampling=sampling, run=run)
     plan = _checked(groups, tvs) if groups else automatic_groups(tvs, tasks, pools, sequential, inner=inner)
     search = Search(lr, share, steps, batch, batches, regulariser, alpha, top, logit, tuple(frozen), rest, seed)
-    key = json.dumps([plan, search, sampling, ratio]) + tvs.fingerprint
     first, rest_of = _start(plan, paired=groups is not None and inner is None)
     tau_u: Weights = materialise((inner or task_arithmetic)(tvs.only(first)) if len(first) > 1 else tvs.of(first[0]))
+    key = json.dumps([plan, search, sampling, ratio]) + tvs.fingerprint + tau_u.fingerprint
     trace = CalmTrace(start=first, stages=[], samplers=_coverage(pools, tasks))
     for stage, task in enumerate(rest_of):
         seen = [*first, *rest_of[: stage + 1]]
@@ -225,15 +227,25 @@ def _start(plan: list[list[str]], *, paired: bool) -> tuple[list[str], list[str]
 
 def _expert_logits(tvs: TaskVectors, tasks: Tasks, task: str, run: Run) -> Tensor:
     file = run.folder / f"logits-{task}.safetensors" if run.folder else None
-    if file and file.is_file():
-        kept: Tensor = load_file(file)["logits"]
-        return kept
     expert = tvs.experts[task]
+    key = f"{expert.fingerprint} {len(tasks.split(task, 'pool'))}"
+    if file and file.is_file():
+        return _kept_logits(file, key)
     weights = {n: expert.read(n) for n in expert if n in tvs.base.specs}
     logits = tasks.logits({n: w.float() if w.is_floating_point() else w for n, w in weights.items()}, task)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logits": logits}, file)
+        partial = file.with_suffix(".partial")
+        save_file({"logits": logits}, partial, metadata={"key": key})
+        os.replace(partial, file)
+    return logits
+
+
+def _kept_logits(file: Path, key: str) -> Tensor:
+    with safe_open(file, framework="pt") as f:
+        if (f.metadata() or {}).get("key") != key:
+            raise UsageError(f"{file.parent} holds the state of another run. Name another folder, or delete this one.")
+        logits: Tensor = f.get_tensor("logits")
     return logits
 
 
