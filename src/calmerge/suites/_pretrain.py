@@ -71,7 +71,7 @@ HARD = Style(
     noise=(0, 0.15),
     invert=0.3,
 )
-STEPS, BATCH, PEAK, WARMUP = 4500, 64, 1e-3, 100
+STEPS, BATCH, PEAK, WARMUP = 4000, 64, 1e-3, 100
 RISE = 0.4  # of the steps, over which distortion goes from EASY to HARD; a start at HARD does not learn
 KEEP_EVERY = 500
 CONFIG = {
