@@ -4,14 +4,16 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 import torch
 from torch import Tensor
 
-from calmerge import CheckpointError, Run, TaskVectors, Weights, add, open_checkpoint, save, task_vectors
+from calmerge import CheckpointError, Run, TaskVectors, UsageError, Weights, add, open_checkpoint, save, task_vectors
+from calmerge._hints import alternatives, intervals
 from calmerge._signature import checked_call, options_of
 from calmerge._weights import ALL, blocks
 from calmerge.methods import METHODS
@@ -225,6 +227,28 @@ def test_a_seed_decides_where_there_is_one(name: str, toy: Any) -> None:
     assert same_bytes(first, merged(name, toy, seed=0))
     more = {"steps": 20, "share": 0.3} if name == "calm" else {}
     assert not same_bytes(merged(name, toy, seed=0, **more), merged(name, toy, seed=12345, **more))
+
+
+def mistakes(hint: Any) -> list[Any]:
+    """Values that an option must not take: beyond its range, or not among its choices."""
+    ranges = [v for i in intervals(hint) for v in (i.low - 1, i.high + 1, float("nan")) if v not in i]
+    whole = [v for v in ranges if int not in plain_types(hint) or float(v).is_integer()]
+    choices = ["nonsense"] if any(get_origin(h) is Literal for h in alternatives(hint)) else []
+    return [int(v) if int in plain_types(hint) else v for v in whole if v not in (-inf, inf)] + choices
+
+
+def plain_types(hint: Any) -> set[Any]:
+    return {get_args(h)[0] if get_origin(h) is Annotated else h for h in alternatives(hint)}
+
+
+@methods
+def test_values_out_of_range_are_refused_in_a_plain_call(name: str, toy: Any) -> None:
+    """A percentage given for a fraction must not turn into "keep all"."""
+    given = {"tasks": toy.tasks} if TABLE[name].learns else {}
+    for option in options_of(METHODS[name]).values():
+        for bad in mistakes(option.hint):
+            with pytest.raises(UsageError, match=rf"\.{option.name} must "):
+                METHODS[name](toy.tvs, **given, **{option.name: bad})
 
 
 @methods

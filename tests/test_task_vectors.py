@@ -135,6 +135,13 @@ def test_an_exclude_pattern_that_fits_nothing_is_a_mistake() -> None:
         task_vectors(BASE, {"a": expert(1.0)}, exclude=["encw"])
 
 
+def test_a_pattern_of_heads_that_fits_nothing_is_a_mistake() -> None:
+    """A misspelt one would merge the classifiers of experts whose classes are not the same."""
+    with pytest.raises(UsageError, match=r"heads: 'clas\*' fits no tensor of base or experts."):
+        task_vectors(BASE, {"a": expert(1.0, **{"cls.w": torch.ones(1)})}, heads=["clas*"])
+    assert "cls.w" in task_vectors(BASE, {"a": expert(1.0, **{"cls.w": torch.ones(1)})}, heads=["cls*"]).heads["a"]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_and_infinity_are_refused_with_tensor_and_task(bad: float, dtype: torch.dtype) -> None:

@@ -161,7 +161,7 @@ def task_vectors(
 
     Raises:
         CheckpointError: no expert, another architecture, a missing tensor, a shape that differs beyond the classes.
-        UsageError: a pattern in `exclude` that fits nothing.
+        UsageError: a pattern in `exclude` or `heads` that fits nothing.
 
     >>> base = {"w": torch.zeros(2), "steps": torch.tensor(7)}
     >>> tvs = task_vectors(base, {"cars": {"w": torch.ones(2), "steps": torch.tensor(9), "head": torch.ones(3)}})
@@ -175,6 +175,12 @@ def task_vectors(
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in opened_base):
             raise UsageError(f"exclude: '{pattern}' fits no tensor of the base. {did_you_mean(pattern, opened_base)}")
+    everything = {name for weights in (opened_base, *opened.values()) for name in weights}
+    for pattern in heads:
+        if not any(fnmatchcase(name, pattern) for name in everything):
+            raise UsageError(
+                f"heads: '{pattern}' fits no tensor of base or experts. {did_you_mean(pattern, everything)}"
+            )
     skipped: dict[str, str] = {}
     merged: dict[str, Spec] = {}
     own: set[str] = set()

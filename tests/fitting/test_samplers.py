@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from calmerge import UsageError
 from calmerge._random import uniform
 from calmerge.fitting import credible, shuffled
 from calmerge.fitting.samplers import entropies
@@ -107,3 +108,16 @@ def test_credible_pools_bring_their_labels_along() -> None:
     assert batch.targets.tolist() == [label[i] for i in batch.indices.tolist()]
     (bare,) = shuffled({"a": pool.indices}, size=8, count=2)(0)
     assert bare.targets is None
+
+
+@pytest.mark.parametrize("ratio", [90, 0.0, -1.0])
+def test_a_percentage_is_refused(ratio: float) -> None:
+    with pytest.raises(UsageError, match=r"credible.ratio must lie in \(0, 1\], got"):
+        credible(LOGITS, ratio=ratio)
+
+
+def test_a_sampling_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"credible.sampling must be 'class_balanced' or 'plain' or 'all', got 'plane'"
+    ):
+        credible(LOGITS, sampling="plane")  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from calmerge import TaskVectors, add, task_vectors
+from calmerge import TaskVectors, UsageError, add, task_vectors
 from calmerge._random import uniform
 from calmerge.methods import average, dare, drop_and_rescale, task_arithmetic, ties
 from calmerge.pieces import trim
@@ -123,3 +123,9 @@ def test_dare_ties_with_a_trim_is_not_the_one_without() -> None:
     trimmed = dare(tvs, rate=0.2, inner=partial(ties, keep=0.2))["w"]
     untrimmed = dare(tvs, rate=0.2, inner=partial(ties, keep=1.0))["w"]
     assert (trimmed != 0).sum() < (untrimmed != 0).sum()
+
+
+@pytest.mark.parametrize("rate", [90, -0.1, 1.5, float("nan")])
+def test_a_percentage_is_refused_in_a_plain_call_too(rate: float) -> None:
+    with pytest.raises(UsageError, match=r"dare.rate must (lie in \[0, 1\]|be a finite number)"):
+        dare(ones(4, "a"), rate=rate)

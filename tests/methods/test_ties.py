@@ -1,5 +1,6 @@
 """TIES: the traps and worked checks of its specification."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from calmerge import TaskVectors, UsageError, merge, task_vectors
 from calmerge._random import permutation, uniform
-from calmerge.methods import ties, ties_split
+from calmerge.methods import ties, ties_split, trim
 
 ZERO = {"A": torch.zeros(5), "B": torch.zeros(5)}
 ONE = {"A": torch.tensor([0.9, 0.8, -0.7, 0.6, 0.05]), "B": torch.tensor([0.04, -0.03, 0.02, 0.01, 0.0])}
@@ -120,3 +121,10 @@ def test_the_split_before_merging() -> None:
     """AdaMerging++ starts here: floor(5 * 0.4) = 2, so the third smallest magnitude, 1, is the cut and stays."""
     split = ties_split(vectors(a=[3.0, -1.0, 2.0, 0.0, 0.0], b=[-2.0, -4.0, 0.0, 0.0, 1.0]), keep=0.4)
     assert split["w"].tolist() == [[3, -1, 2, 0, 0], [0, -4, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("call", [ties, ties_split, trim])
+@pytest.mark.parametrize("keep", [20, 0.0, -0.2])
+def test_a_percentage_is_refused_in_a_plain_call_too(call: Callable[..., object], keep: float) -> None:
+    with pytest.raises(UsageError, match=r"(ties|ties_split|trim).keep must lie in \(0, 1\], got"):
+        call(vectors(a=[1.0, 2.0]), keep=keep)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calmerge._random import permutation
+from calmerge._signature import KeepFraction, check, raise_together
 from calmerge.tasks.base import Batch, Batches
 
 Sampling = Literal["class_balanced", "plain", "all"]
@@ -40,7 +41,7 @@ def entropies(logits: Tensor) -> Tensor:
     return -(p * (p + 1e-9).log()).sum(1)
 
 
-def credible(logits: Tensor, *, ratio: float = 0.9, sampling: Sampling = "class_balanced") -> Credible:
+def credible(logits: Tensor, *, ratio: KeepFraction = 0.9, sampling: Sampling = "class_balanced") -> Credible:
     """The examples whose expert predictions have the lowest entropy, with these predictions as labels.
 
     Class-balanced: in every group of one pseudo-label the floor(ratio * group size) examples of lowest entropy; a class
@@ -58,6 +59,7 @@ def credible(logits: Tensor, *, ratio: float = 0.9, sampling: Sampling = "class_
 
     Source: Yan et al., "CALM: Consensus-Aware Localized Merging for Multi-Task Learning", ICML 2025.
     """
+    raise_together(check(credible, {"ratio": ratio, "sampling": sampling}))
     labels = logits.argmax(1)
     order = entropies(logits).argsort(stable=True)
     classes = logits.shape[1]

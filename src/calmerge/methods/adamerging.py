@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calmerge._run import Run
-from calmerge._signature import Count, Interval, KeepFraction, Positive, Seed
+from calmerge._signature import Count, Interval, KeepFraction, Positive, Seed, check, raise_together
 from calmerge._task_vectors import TaskVectors, materialise
 from calmerge._weights import Weights
 from calmerge.fitting.fit import Params, fit
@@ -71,6 +71,8 @@ def adamerging(
     Differences: the official code adapts on the test inputs; here it is the pool that `tasks` names. Batches, Adam
     (betas 0.9, 0.999, no decay), clamping and the summed loss are the official ones.
     """
+    options = {"per": per, "init": init, "clamp": clamp, "steps": steps, "lr": lr, "batch": batch, "batches": batches}
+    raise_together(check(adamerging, {"tasks": tasks, **options, "seed": seed}))
     run = run or Run()
     tvs = tvs.to(tasks.device)
     names, n = list(tvs.specs), len(tvs.tasks)

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from calmerge._errors import DataError, UsageError, did_you_mean
 from calmerge._run import Run
-from calmerge._signature import Count, Fraction, Interval, KeepFraction, NonNegative, Positive, Seed
+from calmerge._signature import (
+    Count,
+    Fraction,
+    Interval,
+    KeepFraction,
+    NonNegative,
+    Positive,
+    Seed,
+    check,
+    raise_together,
+)
 from calmerge._task_vectors import Merge, TaskVectors, materialise
 from calmerge._weights import Weights
 from calmerge.fitting.fit import empty, write
@@ -109,11 +119,13 @@ def calm(
     regulariser is the default, the paper's L1 an option. `lr="auto"`, `share`, `inner` on a first group of two, and the
     automatic choice of sequential tasks are ours. A batch is a function of the seed; the official code sets none.
     """
+    search = Search(lr, share, steps, batch, batches, regulariser, alpha, top, logit, tuple(frozen), rest, seed)
+    options = {"tasks": tasks, "sequential": sequential, "sampling": sampling, "ratio": ratio}
+    raise_together(check(calm, options | search._asdict()))
     run = run or Run()
     tvs = tvs.to(tasks.device)
     pools = credible_pools(tvs, tasks, ratio=ratio, sampling=sampling, run=run)
     plan = _checked(groups, tvs) if groups else automatic_groups(tvs, tasks, pools, sequential, inner=inner)
-    search = Search(lr, share, steps, batch, batches, regulariser, alpha, top, logit, tuple(frozen), rest, seed)
     first, rest_of = _start(plan, paired=groups is not None and inner is None)
     tau_u: Weights = materialise((inner or task_arithmetic)(tvs.only(first)) if len(first) > 1 else tvs.of(first[0]))
     key = json.dumps([plan, search, sampling, ratio]) + tvs.fingerprint + tau_u.fingerprint

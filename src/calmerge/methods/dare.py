@@ -1,6 +1,6 @@
 """DARE (Yu et al., ICML 2024)."""
 
-from calmerge._signature import Fraction, Seed
+from calmerge._signature import Fraction, Seed, check, raise_together
 from calmerge._task_vectors import Merge, TaskVectors
 from calmerge._weights import Weights
 from calmerge.methods.task_arithmetic import task_arithmetic
@@ -29,4 +29,5 @@ def dare(tvs: TaskVectors, *, rate: Fraction = 0.9, inner: Merge = task_arithmet
     Differences: the official code rescales only when asked to, and draws from one global stream, so that order matters;
     here survivors are rescaled as in the paper, and a draw is a function of (seed, tensor, task, entry).
     """
+    raise_together(check(dare, {"rate": rate, "seed": seed}))
     return inner(drop_and_rescale(tvs, rate=rate, seed=seed))

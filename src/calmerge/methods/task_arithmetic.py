@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from calmerge._signature import Interval
+from calmerge._signature import Interval, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge.pieces.blend import summed
@@ -27,4 +27,5 @@ def task_arithmetic(tvs: TaskVectors, *, scale: Annotated[float, Interval()] = 0
     ICLR 2023; mlfoundations/task_vectors (no licence file in the copy read).
     Differences: the official code skips only int64 and uint8 tensors; here every tensor that is not floating.
     """
+    raise_together(check(task_arithmetic, {"scale": scale}))
     return tvs.reduce(lambda tau, site: summed(tau) * scale)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from calmerge._signature import Interval, KeepFraction
+from calmerge._signature import Interval, KeepFraction, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge.pieces.elect import agree, disjoint, elect
@@ -37,6 +37,7 @@ def ties(
     Differences: as the official code, the threshold is global, k = d - int(d K) counts from the smallest, entries equal
     to it stay, and a sum of 0 takes the model's majority sign. keep = 1 keeps all (the official parser fails on it).
     """
+    raise_together(check(ties, {"keep": keep, "scale": scale, "combine": combine}))
     trimmed = trim(tvs, keep=keep)
     merged = disjoint(trimmed, elect(trimmed), combine=combine)
     return merged.map(lambda tau, site: tau * scale)
@@ -57,5 +58,6 @@ def ties_split(tvs: TaskVectors, *, keep: KeepFraction = 0.2) -> TaskVectors:
 
     Source: what AdaMerging++ starts from (Yang et al., ICLR 2024); TIES of Yadav et al., NeurIPS 2023.
     """
+    raise_together(check(ties_split, {"keep": keep}))
     trimmed = trim(tvs, keep=keep)
     return agree(trimmed, elect(trimmed))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from calmerge._random import uniform
-from calmerge._signature import Fraction, Seed
+from calmerge._signature import Fraction, Seed, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site
 
@@ -29,6 +29,7 @@ def drop_and_rescale(tvs: TaskVectors, *, rate: Fraction = 0.9, rescale: bool = 
     Source: what DARE does before another method merges (Yu, Yu, Yu, Huang, Li, ICML 2024); yule-BUAA/MergeLM (no
     licence file in the copy read).
     """
+    raise_together(check(drop_and_rescale, {"rate": rate, "rescale": rescale, "seed": seed}))
     if rate == 0:
         return tvs
     factor = 1 / (1 - rate) if rescale and rate < 1 else 1.0

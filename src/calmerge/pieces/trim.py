@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from calmerge._measure import kth_magnitude, later
-from calmerge._signature import KeepFraction
+from calmerge._signature import KeepFraction, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site
 
@@ -26,6 +26,7 @@ def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2) -> TaskVectors:
     Source: the first step of TIES (Yadav, Tam, Choshen, Raffel, Bansal, NeurIPS 2023); prateeky2806/ties-merging
     (BSD-3-Clause).
     """
+    raise_together(check(trim, {"keep": keep}))
     d = tvs.numel
     rank = d - int(d * keep)
     if rank <= 0:
