@@ -125,6 +125,12 @@ def test_a_logit_of_exactly_0_keeps_the_running_merge(tmp_path: Path) -> None:
     assert stage.delta["w"].item() == 0.25
 
 
+@pytest.mark.parametrize("regulariser", ["binarise", "l1"])
+def test_a_logit_of_exactly_0_is_pushed_down(regulariser: str, tmp_path: Path) -> None:
+    stage = Stage(tmp_path, [0.25], [0.75], [0.0], logit=0.0, steps=1, regulariser=regulariser)
+    assert stage.logits["w"].item() == -0.25
+
+
 @pytest.mark.parametrize(("force", "expected"), [(1e-3, "k"), (-1e-3, "u")])
 def test_a_full_mask_is_the_expert_and_an_empty_one_changes_nothing(
     force: float, expected: str, tmp_path: Path
