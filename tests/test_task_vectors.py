@@ -256,3 +256,14 @@ def test_materialise_computes_once() -> None:
     held = materialise(task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}}).reduce(note))
     assert [held["w"].item(), held["w"].item()] == [1.0, 1.0]
     assert calls == ["read"]
+
+
+@pytest.mark.parametrize("name", ["glue/sst2", "../cars", ""])
+def test_a_task_name_that_is_no_folder_s_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="its name becomes a folder's"):
+        task_vectors({"w": torch.zeros(2)}, {name: {"w": torch.ones(2)}})
+
+
+def test_excluding_everything_says_so() -> None:
+    with pytest.raises(CheckpointError, match=r"nothing is left to merge: exclude \(\*\) names every tensor"):
+        task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}}, exclude=["*"])

@@ -1,5 +1,6 @@
 """Task vectors: what each expert adds to the base, tau_t = theta_t - theta_0, read in blocks of [T, rows, ...]."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,6 +13,7 @@ from calmerge._checkpoint import Checkpoint, Source, open_checkpoint
 from calmerge._errors import CheckpointError, UsageError, did_you_mean
 from calmerge._weights import ALL, Computed, Memo, Spec, StateDict, Weights, digest, row_size
 
+_TASK = re.compile(r"\w[\w.-]*")
 Merge = Callable[["TaskVectors"], Weights]
 """From task vectors to one delta: what `inner=` takes. `functools.partial` configures it."""
 
@@ -170,6 +172,12 @@ def task_vectors(
     """
     if not experts:
         raise CheckpointError("no expert is given; a merge needs at least one.")
+    for task in experts:
+        if not _TASK.fullmatch(task):
+            raise UsageError(
+                f"expert '{task}': its name becomes a folder's; use letters, digits, '-', '_' and '.', and begin with a "
+                "letter or digit."
+            )
     opened_base = open_checkpoint(base)
     opened = {task: _aligned(open_checkpoint(source), opened_base) for task, source in experts.items()}
     for pattern in exclude:
@@ -200,7 +208,7 @@ def task_vectors(
             _check_fit(name, spec, having, opened)
             merged[name] = spec
     if not merged:
-        raise CheckpointError(_nothing_in_common(opened_base, opened))
+        raise CheckpointError(_nothing_in_common(opened_base, opened, exclude))
     per_task = {
         task: _renamed(weights, [n for n in weights if n in own or n not in opened_base.specs])
         for task, weights in opened.items()
@@ -304,10 +312,12 @@ def _check_fit(name: str, spec: Spec, having: Mapping[str, Spec], experts: Mappi
             )
 
 
-def _nothing_in_common(base: Weights, experts: Mapping[str, Weights]) -> str:
+def _nothing_in_common(base: Weights, experts: Mapping[str, Weights], exclude: Sequence[str]) -> str:
     task, expert = next(iter(experts.items()))
     if not len(expert):
         return f"expert '{task}' holds no tensor."
+    if len(base) and all(any(fnmatchcase(name, p) for p in exclude) for name in base):
+        return f"nothing is left to merge: exclude ({', '.join(exclude)}) names every tensor of the base."
     return (
         "base and experts have no tensor in common that can be merged: the base has "
         f"'{next(iter(base), '(none)')}', expert '{task}' has '{next(iter(expert))}'. Are they of one architecture?"

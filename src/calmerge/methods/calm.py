@@ -47,7 +47,7 @@ def calm(
     sampling: Sampling = "class_balanced",
     ratio: KeepFraction = 0.9,
     lr: Positive | Literal["auto"] = "auto",
-    share: KeepFraction = 0.05,
+    share: KeepFraction = 0.3,
     steps: Count = 100,
     batch: Count = 128,
     batches: Count = 2,

@@ -23,7 +23,7 @@ def elect(tvs: TaskVectors) -> Weights:
     tensor([ 0.,  1., -1.])
     """
     signs = tvs.reduce(lambda tau, site: summed(tau).sign())
-    majority = later(lambda: total(signs, torch.sum).sign().float())
+    majority = later(lambda: total(signs, lambda s: s.sum(dtype=torch.float64)).sign().float())
 
     def settled(sign: Tensor, site: Site) -> Tensor:
         return torch.where(sign == 0, majority(), sign) if (sign == 0).any() else sign
