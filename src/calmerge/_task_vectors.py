@@ -175,8 +175,8 @@ def task_vectors(
     for task in experts:
         if not _TASK.fullmatch(task):
             raise UsageError(
-                f"expert '{task}': its name becomes a folder's; use letters, digits, '-', '_' and '.', and begin with a "
-                "letter or digit."
+                f"expert '{task}': its name becomes a folder's; use letters, digits, '-', '_' and '.', and begin with "
+                "a letter or digit."
             )
     opened_base = open_checkpoint(base)
     opened = {task: _aligned(open_checkpoint(source), opened_base) for task, source in experts.items()}
