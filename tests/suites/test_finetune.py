@@ -187,7 +187,7 @@ def test_an_interrupted_training_leaves_the_old_expert(tmp_path: Path, base: Pat
 
 
 def test_probe_is_a_fraction_of_the_test_split(base: Path, examples: TextExamples) -> None:
-    assert probe(base, examples, examples, kind="sentence-encoder", classes=CLASSES) == 1.0
+    assert probe(base, examples, examples, examples, kind="sentence-encoder", classes=CLASSES) == 1.0
 
 
 def test_fit_linear_finds_the_optimum() -> None:

@@ -129,23 +129,25 @@ def fit_linear(x: Tensor, y: Tensor, classes: int, l2: float, *, steps: int = 20
 def probe(
     base: Path,
     train: Examples,
+    validation: Examples,
     test: Examples,
     *,
     kind: Kind,
     classes: Sequence[str],
     l2: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1),
 ) -> float:
-    """Test accuracy of a linear head on the frozen base; the best of the `l2`, to be generous to the base."""
+    """Test accuracy of a linear head on the frozen base, with the `l2` that is best on validation."""
     model = open_model(base, kind, classes)
     x, y = features(model, train)
-    x_test, y_test = features(model, test)
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
-    x, x_test = (x - mean) / std, (x_test - mean) / std
-    scores = []
-    for strength in l2:
-        weight, bias = fit_linear(x, y, len(classes), strength)
-        scores.append(((x_test @ weight.T + bias).argmax(1) == y_test).double().mean().item())
-    return max(scores)
+    heads = [fit_linear((x - mean) / std, y, len(classes), strength) for strength in l2]
+
+    def right(examples: Examples) -> list[float]:
+        x, y = features(model, examples)
+        return [(((x - mean) / std @ w.T + b).argmax(1) == y).double().mean().item() for w, b in heads]
+
+    chosen = right(validation)
+    return right(test)[chosen.index(max(chosen))]
 
 
 def last_linear(model: Module) -> torch.nn.Linear:

@@ -103,7 +103,7 @@ def _probe(suite: "Suite", name: str, split: Split) -> float:
     task = suite.tasks[name]
     base = Path(suite.base)
     kind = "image-classifier" if suite.model.kind == "image-classifier" else "sentence-encoder"
-    train, test = (
+    train, validation, test = (
         read_examples(
             source,  # type: ignore[arg-type]
             base,
@@ -113,6 +113,6 @@ def _probe(suite: "Suite", name: str, split: Split) -> float:
             classes=task.classes,
             max_tokens=suite.model.max_tokens or 128,
         )
-        for source in (task.train, getattr(task, split))
+        for source in (task.train, task.validation, getattr(task, split))
     )
-    return probe(base, train, test, kind=kind, classes=task.classes)  # type: ignore[arg-type]
+    return probe(base, train, validation, test, kind=kind, classes=task.classes)  # type: ignore[arg-type]
