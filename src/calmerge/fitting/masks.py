@@ -21,7 +21,7 @@ from calmerge._measure import kth_magnitude
 from calmerge._run import Run
 from calmerge._task_vectors import materialise
 from calmerge._weights import Computed, Site, StateDict, Weights, select
-from calmerge.fitting.fit import Params, empty, fit, write
+from calmerge.fitting.fit import Fitted, Params, empty, fit, write
 from calmerge.fitting.objectives import pseudo_label
 from calmerge.pieces.mask import load_masks, save_masks, top_fraction
 from calmerge.report.traces import CalmStage, Density, Histogram
@@ -108,16 +108,6 @@ def consensus_mask(
     threshold = flip_threshold(search.steps, logit=search.logit, alpha=search.alpha)
     soft = partial(_soft, tau_u, tau_k, search.rest)
     lr, histogram = _step_size(soft(logits), tau_u, tau_k, base, gradient, names, search, threshold, tasks.device)
-    on = {name: m > 0 for name, m in logits.items()}
-
-    def flips(params: Params) -> dict[str, float]:
-        count = 0
-        for name, m in params.items():
-            now = m > 0
-            count += int((now != on[name]).sum())
-            on[name] = now
-        return {"flips": count}
-
     fitted = fit(
         soft,
         logits,
@@ -126,15 +116,45 @@ def consensus_mask(
         optimizer=partial(torch.optim.SGD, lr=lr),
         steps=search.steps,
         penalty=partial(_penalty, search.regulariser, search.alpha / lr),
-        observe=flips,
+        observe=_flips(logits),
         run=run,
         label=f"CALM {seen[-1]}",
         key=key,
     )
     mask = {name: m > 0 for name, m in fitted.params.items()}
     merged = materialise(_hard(tau_u, tau_k, mask, search.rest))
+    record = _record(seen, lr, threshold, fitted, mask, histogram)
+    if run.folder:
+        _finish(run.folder, key, merged, mask, record)
+    return merged, mask, record
+
+
+def _flips(start: Params) -> Callable[[Params], dict[str, float]]:
+    """An observer that counts the entries whose rounded mask changed since it last looked."""
+    on = {name: m > 0 for name, m in start.items()}
+
+    def count(logits: Params) -> dict[str, float]:
+        changed = 0
+        for name, m in logits.items():
+            now = m > 0
+            changed += int((now != on[name]).sum())
+            on[name] = now
+        return {"flips": changed}
+
+    return count
+
+
+def _record(
+    seen: Sequence[str],
+    lr: float,
+    threshold: float,
+    fitted: Fitted,
+    mask: Mapping[str, Tensor],
+    histogram: Histogram,
+) -> CalmStage:
     entries = sum(m.numel() for m in mask.values())
-    record = CalmStage(
+    shares = {name: m.float().mean().item() for name, m in mask.items() if m.numel()}
+    return CalmStage(
         task=seen[-1],
         seen=list(seen),
         lr=lr,
@@ -142,15 +162,10 @@ def consensus_mask(
         loss=fitted.loss,
         flips=[int(n) for n in fitted.observed["flips"]],
         taken=sum(int(m.sum()) for m in mask.values()) / max(entries, 1),
-        density=[
-            Density(name=n, share=m.float().mean().item(), entries=m.numel()) for n, m in mask.items() if m.numel()
-        ],
+        density=[Density(name=n, share=share, entries=mask[n].numel()) for n, share in shares.items()],
         histogram=histogram,
         entries=entries,
     )
-    if run.folder:
-        _finish(run.folder, key, merged, mask, record)
-    return merged, mask, record
 
 
 def start_logits(tau_k: Weights, names: Sequence[str], *, top: float, logit: float) -> Weights:

@@ -151,6 +151,7 @@ def probe(
 
 
 def last_linear(model: Module) -> torch.nn.Linear:
+    """The linear layer of the head that gives the logits."""
     prefix = str(getattr(model, "base_model_prefix", "")) + "."
     linear = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
     found = [module for name, module in linear if not (name + ".").startswith(prefix)]
@@ -160,11 +161,13 @@ def last_linear(model: Module) -> torch.nn.Linear:
 
 
 def batches(examples: Examples, size: int) -> Iterator[tuple[Any, Tensor]]:
+    """Inputs and labels, `size` at a time, in order."""
     for indices in torch.split(torch.arange(len(examples)), size):
         yield labelled(examples.batch(indices))
 
 
 def labelled(batch: tuple[Any, Tensor | None]) -> tuple[Any, Tensor]:
+    """The same batch, whose labels are there."""
     inputs, labels = batch
     if labels is None:
         raise DataError("these examples have no labels; name the label column when reading them.")

@@ -122,6 +122,7 @@ def _read_datasets(source: Source, columns: Sequence[str]) -> Table:
 
 
 def read_image_folder(folder: Path, *, labelled: bool) -> tuple[list[Any], list[Any]]:
+    """The images below a folder, sorted, and the name of the sub-folder that each lies in."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
     if not files:
         raise DataError(f"{folder}: no images found. Expected files such as {folder / 'CLASS' / 'name.png'}.")
