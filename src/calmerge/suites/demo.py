@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from calmerge._yaml import Data
     from calmerge.report.results import Report
 
-TASKS = ("diagnoses", "products", "newsgroups", "movies")
+TASKS = ("movies", "candidates", "products", "reuters")
 METHODS = ("average", "task_arithmetic", "ties", "adamerging", "calm")
-OPTIONS: "dict[str, dict[str, Data]]" = {}
+OPTIONS: "dict[str, dict[str, Data]]" = {
+    "adamerging": {"steps": 40, "batches": 1},
+    "calm": {"steps": 20, "batch": 32, "batches": 1},
+}
 """Fewer updates than in the suite, so that the demo ends before the coffee does."""
 
 
