@@ -53,8 +53,5 @@ def evaluate(
             )
     scores = {"merged": tasks.evaluate({name: merged.read(name).float() for name in tvs}, split, run=run)}
     if experts:
-        scores["experts"] = {
-            task: tasks.score(tasks.logits({name: expert.read(name).float() for name in tvs}, task, split), task, split)
-            for task, expert in tvs.experts.items()
-        }
+        scores["experts"] = {t: tasks.score(tasks.logits(tvs.expert(t), t, split), t, split) for t in tvs.tasks}
     return scores

@@ -94,6 +94,15 @@ class TaskVectors(Weights):
         """
         return self.only([task]).reduce(lambda tau, site: tau[0])
 
+    def expert(self, task: str) -> dict[str, Tensor]:
+        """One expert's tensors under the base's names, in memory, floating ones in float32; without its head.
+
+        >>> task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1), "head": torch.ones(2)}}).expert("a")
+        {'w': tensor([1.])}
+        """
+        whole = {name: self.experts[task].read(name) for name in own_names(self, task)}
+        return {name: w.float() if w.is_floating_point() else w for name, w in whole.items()}
+
     def to(self, device: torch.device) -> "TaskVectors":
         """The task vectors computed where `device` says.
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,11 +140,8 @@ class _League:
             return self.tasks.evaluate({n: self.tvs.base.read(n).float() for n in self.tvs})
 
         def experts() -> dict[str, Score]:
-            scores = {}
-            for task, expert in self.tvs.experts.items():
-                weights = {n: expert.read(n).float() for n in expert if n in self.tvs.base.specs}
-                scores[task] = self.tasks.score(self.tasks.logits(weights, task, "test"), task, "test")
-            return scores
+            logits = ((t, self.tasks.logits(self.tvs.expert(t), t, "test")) for t in self.tvs.tasks)
+            return {t: self.tasks.score(scores, t, "test") for t, scores in logits}
 
         rows = []
         for method, label, score in (("base", "Base", base), ("experts", "Experts", experts)):
@@ -165,11 +163,12 @@ class _League:
                 method=entry.method, label=entry.label, options=dict(options), seed=seed, status="failed", error=str(e)
             )
             return row
-        return self._keep(row, seed, options)
+        kept = self._keep(row, seed, options)
+        shutil.rmtree(self._state(entry.label, seed, row.options), ignore_errors=True)
+        return kept
 
     def _measured(self, entry: Entry, options: Mapping[str, Data], seed: int | None, data: results.DataUse) -> Row:
-        state = self.out / "state" / self._key(entry.label, seed, options)
-        run = Run(state, self.run.progress)
+        run = Run(self._state(entry.label, seed, options), self.run.progress)
         started = time.perf_counter()
         with peak_memory() as peak:
             delta = self._merge(entry.method, options, seed, run)
@@ -231,6 +230,10 @@ class _League:
         return "-".join(
             [label.lower().replace(" ", "-").replace(",", ""), *([str(seed)] if seed is not None else []), digest]
         )
+
+    def _state(self, label: str, seed: int | None, options: Mapping[str, Data]) -> Path:
+        """Where a method keeps what it needs to go on after an interruption; gone when its row is finished."""
+        return self.out / "state" / self._key(label, seed, options)
 
     def _kept(self, label: str, seed: int | None, options: Mapping[str, Data]) -> Row | None:
         file = self.out / "rows" / f"{self._key(label, seed, options)}.json"

@@ -239,12 +239,10 @@ def _start(plan: list[list[str]], *, paired: bool) -> tuple[list[str], list[str]
 
 def _expert_logits(tvs: TaskVectors, tasks: Tasks, task: str, run: Run) -> Tensor:
     file = run.folder / f"logits-{task}.safetensors" if run.folder else None
-    expert = tvs.experts[task]
-    key = f"{expert.fingerprint} {len(tasks.split(task, 'pool'))}"
+    key = f"{tvs.experts[task].fingerprint} {len(tasks.split(task, 'pool'))}"
     if file and file.is_file():
         return _kept_logits(file, key)
-    weights = {n: expert.read(n) for n in expert if n in tvs.base.specs}
-    logits = tasks.logits({n: w.float() if w.is_floating_point() else w for n, w in weights.items()}, task)
+    logits = tasks.logits(tvs.expert(task), task)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
