@@ -20,6 +20,7 @@ from calmerge._run import Run
 from calmerge._weights import Weights, blocks, select
 
 MANIFEST = "calmerge.json"
+RECORDS = {MANIFEST, "expert.json", "report.json", "pretraining.json"}  # of how a folder came about; not its copies'
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
@@ -125,7 +126,7 @@ def copy_side_files(source: Weights, folder: Path) -> None:
         return
     for file in sorted(source.folder.iterdir()):
         wanted = file.suffix in {".json", ".txt", ".model", ".jinja"} and not file.name.endswith(".index.json")
-        if file.is_file() and wanted and file.name not in {MANIFEST, "expert.json", "manifest.json"}:
+        if file.is_file() and wanted and file.name not in RECORDS:
             shutil.copyfile(file, folder / file.name)
 
 
