@@ -122,3 +122,12 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path) -> None
     process.stdout.close()
     assert not (tmp_path / "out").exists()
     assert all(p.name.startswith(".out.") for p in tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc to tell whether a process lives")
+def test_the_next_run_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+    for pid in (2**30, os.getppid()):
+        (tmp_path / f".out.{pid}.partial").mkdir()
+    with new_folder(tmp_path / "out"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".out.{os.getppid()}.partial", "out"]

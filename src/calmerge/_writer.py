@@ -56,6 +56,7 @@ def new_folder(path: Path, *, need: int = 0) -> Iterator[Path]:
     if path.is_dir() and any(path.iterdir()):
         raise OutputError(f"'{path.name}' is not empty; nothing was written. Name a new folder, or delete this one.")
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+    _clear_killed(path)
     try:
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
@@ -75,6 +76,14 @@ def new_folder(path: Path, *, need: int = 0) -> Iterator[Path]:
         raise OutputError(f"'{path.name}' cannot be written: {e.strerror or e}. Nothing is left of it.") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _clear_killed(path: Path) -> None:
+    """Remove what runs that were killed left beside `path`; a folder whose process lives is not touched."""
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        pid = left.name.split(".")[-2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").is_dir():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_weights(

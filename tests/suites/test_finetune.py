@@ -291,3 +291,11 @@ def test_mistakes_in_a_suite(tmp_path: Path, base: Path) -> None:
     del suite["tasks"]["b"]["train"]
     with pytest.raises(DataError, match="task 'b': no `train` split"):
         make_experts(suite, tmp_path, ["b"])
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    from calmerge._signature import check
+
+    (found,) = check(Finetune, {"warmup": 10}, name="finetune")
+    assert found.startswith("finetune.warmup must lie in [0, 1), got 10.")
+    assert check(Finetune, {"epochs": 0}, name="finetune") == ["finetune.epochs must be at least 1, got 0."]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from calmerge._errors import DataError, FitError, UsageError, did_you_mean
 from calmerge._run import Run
+from calmerge._signature import Count, DropRate, NonNegative, Positive, Seed
 from calmerge.suites._fetch import sha256
 from calmerge.suites.classifiers import (
     HEAD_FILE,
@@ -65,20 +66,20 @@ class Finetune:
         seed: of the head's start, the order of examples and dropout.
     """
 
-    epochs: int = 3
-    batch: int = 32
-    lr: float = 1e-4
-    head_lr: float = 1e-3
-    warmup: float = 0.1
+    epochs: Count = 3
+    batch: Count = 32
+    lr: Positive = 1e-4
+    head_lr: Positive = 1e-3
+    warmup: DropRate = 0.1
     schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = 0.01
+    weight_decay: NonNegative = 0.01
     dropout: bool = True
-    label_smoothing: float = 0.0
+    label_smoothing: DropRate = 0.0
     autocast: Literal["bfloat16", "none"] = "bfloat16"
     head: Literal["fresh", "first"] = "fresh"
-    head_l2: float = 1e-3
+    head_l2: NonNegative = 1e-3
     train: Sequence[str] = ("*",)
-    seed: int = 0
+    seed: Seed = 0
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> "Finetune":
