@@ -52,10 +52,22 @@ def test_manifest_has_recipe_versions_hashes_and_reasons(merged: Path) -> None:
 
 def test_export_gives_back_the_expert_s_own_names_and_configuration(merged: Path, tmp_path: Path) -> None:
     cm.export(merged, "pets", tmp_path / "out")
-    weights = {n: w for f in (tmp_path / "out").glob("*.safetensors") for n, w in cm.open_checkpoint(f).items()}
+    weights = cm.open_checkpoint(tmp_path / "out" / "model.safetensors")
     assert weights["model.w"].tolist() == [2.0, 2.0]
     assert weights["head.bias"].tolist() == [3.0, 3.0, 3.0]
     assert (tmp_path / "out" / "config.json").read_text() == '{"kind": "pets"}'
+
+
+def test_a_head_in_a_file_of_its_own_comes_back_so(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder(tmp_path / "cars", {"w": torch.ones(2)})
+    save_file({"head.bias": torch.ones(3)}, tmp_path / "cars" / "head.safetensors")
+    tvs = cm.task_vectors({"w": torch.zeros(2)}, {"cars": tmp_path / "cars"})
+    cm.save(tmp_path / "merged", tvs, cm.average(tvs))
+    cm.export(tmp_path / "merged", "cars", tmp_path / "out")
+    assert list(cm.open_checkpoint(tmp_path / "out" / "model.safetensors")) == ["w"]
+    assert list(cm.open_checkpoint(tmp_path / "out" / "head.safetensors")) == ["head.bias"]
 
 
 def test_export_of_an_unknown_task_says_which_there_are(merged: Path, tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calmerge._checkpoint import Checkpoint, open_checkpoint
 from calmerge._errors import CheckpointError, OutputError, did_you_mean
 from calmerge._run import Run
 from calmerge._task_vectors import TaskVectors, own_names
-from calmerge._weights import StateDict, Weights, add, select
+from calmerge._weights import ALL, Memo, Weights, add
 from calmerge._writer import MANIFEST, copy_side_files, new_folder, write_json, write_weights
 
 
@@ -106,22 +107,22 @@ def export(folder: str | Path, task: str, out: str | Path, *, run: Run | None = 
         raise CheckpointError(f"'{folder}' has no task '{task}'. {did_you_mean(task, tasks)}")
     backbone = open_checkpoint(folder)
     head = folder / "heads" / task
-    names = json.loads((head / "names.json").read_text())
-    parts: dict[str, tuple[Weights, str]] = {own: (backbone, name) for name, own in names.items()}
-    if (head / "head.safetensors").is_file():
-        own_tensors = open_checkpoint(head / "head.safetensors")
-        parts |= {name: (own_tensors, name) for name in own_tensors}
-    weights = StateDict({own: source.read(name) for own, (source, name) in parts.items()})
+    known = json.loads((head / "names.json").read_text())
+    parts = {own: (backbone, name) for name, own in known["names"].items()}
+    own_file = head / "head.safetensors"
+    apart = own_file.is_file() and known["head_in_a_file_of_its_own"]
+    if own_file.is_file() and not apart:
+        tensors = open_checkpoint(own_file)
+        parts |= {name: (tensors, name) for name in tensors}
+    weights = _Gathered(parts)
     with new_folder(out, need=weights.nbytes) as partial:
         copy_side_files(backbone, partial)
         for file in sorted(head.glob("*.json")):
             if file.name != "names.json":
                 (partial / file.name).write_bytes(file.read_bytes())
-        if any(name.startswith("head.") for name in weights):
-            write_weights(partial, select(weights, [n for n in weights if not n.startswith("head.")]), run=run)
-            _write_tensors(partial / "head.safetensors", select(weights, [n for n in weights if n.startswith("head.")]))
-        else:
-            write_weights(partial, weights, run=run)
+        write_weights(partial, weights, run=run)
+        if apart:
+            (partial / own_file.name).write_bytes(own_file.read_bytes())
     return out
 
 
@@ -150,10 +151,24 @@ def hashes(weights: Weights) -> dict[str, str]:
     return {"tensors": digest.hexdigest()}
 
 
+class _Gathered(Weights):
+    """Tensors from several places, each read from its own when asked for."""
+
+    def __init__(self, parts: Mapping[str, tuple[Weights, str]]) -> None:
+        self._parts = parts
+        self.specs = {own: source.specs[name] for own, (source, name) in parts.items()}
+        self.elementwise = all(source.elementwise for source, _ in parts.values())
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        source, theirs = self._parts[name]
+        return source.read(theirs, rows, memo)
+
+
 def _write_head(folder: Path, tvs: TaskVectors, task: str, head: Weights) -> dict[str, str]:
     folder.mkdir(parents=True)
-    write_json(folder / "names.json", own_names(tvs, task))
     source = getattr(tvs.experts[task], "source", tvs.experts[task])
+    apart = isinstance(source, Checkpoint) and any(f.name == "head.safetensors" for f in source.files)
+    write_json(folder / "names.json", {"names": own_names(tvs, task), "head_in_a_file_of_its_own": apart})
     if isinstance(source, Checkpoint) and source.folder and (source.folder / "config.json").is_file():
         (folder / "config.json").write_bytes((source.folder / "config.json").read_bytes())
     return _write_tensors(folder / "head.safetensors", head) if len(head) else {}
