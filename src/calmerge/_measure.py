@@ -24,7 +24,7 @@ def total(weights: Weights, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """
     result = torch.zeros((), dtype=torch.float64)
     for name, rows in blocks(weights):
-        result = result + fn(weights.read(name, rows)).to(torch.float64)
+        result = result + fn(weights.read(name, rows)).cpu().to(torch.float64)
     return result
 
 
@@ -52,7 +52,7 @@ def kth_magnitude(weights: Weights, k: int | Sequence[int]) -> Tensor:
     def count(key: Callable[[Tensor], Tensor], bins: int) -> Tensor:
         counts = torch.zeros(n, bins, dtype=torch.int64)
         for name, rows in blocks(weights):
-            bits = weights.read(name, rows).reshape(n, -1).float().contiguous().view(torch.int32) & 0x7FFFFFFF
+            bits = weights.read(name, rows).cpu().reshape(n, -1).float().contiguous().view(torch.int32) & 0x7FFFFFFF
             keys = key(bits)  # [n, entries], bins where an entry does not count
             keys = keys + torch.arange(n)[:, None] * (bins + 1)
             counts += torch.bincount(keys.flatten(), minlength=n * (bins + 1)).reshape(n, bins + 1)[:, :bins]

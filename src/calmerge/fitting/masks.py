@@ -101,7 +101,7 @@ def consensus_mask(
         key: describes everything that decides the result.
     """
     if run.folder and (run.folder / "record.json").is_file():
-        return _finished(run.folder, key, list(tau_u))
+        return _finished(run.folder, key, list(tau_u), tasks.device)
     gradient = tasks.gradient(pseudo_label, draw)
     names = _maskable(tau_u, base, tasks, draw, search)
     logits = start_logits(tau_k, names, top=search.top, logit=search.logit)
@@ -296,11 +296,14 @@ def _finish(folder: Path, key: str, merged: Weights, mask: Mapping[str, Tensor],
     os.replace(folder / "record.partial", folder / "record.json")
 
 
-def _finished(folder: Path, key: str, names: Sequence[str]) -> tuple[Weights, dict[str, Tensor], CalmStage]:
+def _finished(
+    folder: Path, key: str, names: Sequence[str], device: torch.device
+) -> tuple[Weights, dict[str, Tensor], CalmStage]:
     """A stage that was kept, with its tensors in the model's order (a file has its own)."""
     kept = json.loads((folder / "record.json").read_text())
     if kept["key"] != key:
         raise UsageError(f"{folder} holds the state of another run. Name another folder, or delete this one.")
-    merged = materialise(select(open_checkpoint(folder / "merged.safetensors"), names))
+    kept_vector = select(open_checkpoint(folder / "merged.safetensors"), names)
+    merged = materialise(kept_vector.map(lambda w, site: w.to(device)))
     masks = load_masks(folder / "mask.safetensors")
     return merged, {n: masks[n] for n in names if n in masks}, CalmStage.model_validate(kept["record"])

@@ -40,7 +40,7 @@ def pack(mask: Tensor) -> Tensor:
     >>> pack(torch.tensor([[True, False], [True, True]]))
     tensor([176], dtype=torch.uint8)
     """
-    return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
 
 
 def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -34,7 +34,7 @@ def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2) -> TaskVectors:
     threshold = later(lambda: kth_magnitude(tvs, rank))
 
     def kept(tau: Tensor, site: Site) -> Tensor:
-        cut = threshold().reshape(-1, *[1] * (tau.dim() - 1))
+        cut = threshold().to(tau.device).reshape(-1, *[1] * (tau.dim() - 1))
         return tau.where(tau.abs() >= cut, 0.0)
 
     return tvs.transform(kept)
