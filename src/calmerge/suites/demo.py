@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 TASKS = ("movies", "candidates", "products", "reuters")
 METHODS = ("average", "task_arithmetic", "ties", "adamerging", "calm")
 OPTIONS: "dict[str, dict[str, Data]]" = {
-    "adamerging": {"steps": 20, "batches": 1},
-    "calm": {"sequential": 1, "steps": 20, "batch": 32, "batches": 1},
+    "adamerging": {"steps": 12, "batches": 1},
+    "calm": {"sequential": 1, "steps": 16, "batch": 32, "batches": 1},
 }
 """Fewer updates than in the suite, chosen by the clock: see `calmerge bench text` for the comparison."""
 
