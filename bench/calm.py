@@ -25,13 +25,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from calmerge import Run, TaskVectors, save, task_vectors
+from calmerge import Run, TaskVectors, calm, save, task_vectors
 from calmerge._memory import peak_memory, private_memory
 from calmerge._random import uniform
 from calmerge._weights import StateDict
 from calmerge.fitting.objectives import pseudo_label
 from calmerge.fitting.samplers import shuffled
-from calmerge.methods import calm
 from calmerge.tasks.base import Batches, Task, Tasks
 from calmerge.tasks.module import ModuleModel
 

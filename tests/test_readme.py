@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 import calmerge as cm
 from calmerge._random import uniform
 from calmerge.cli import app
-from calmerge.methods import METHODS
 from calmerge.recipe import load_recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -77,12 +76,6 @@ def test_the_recipe_is_valid_and_runs(checkpoints: Path) -> None:
     result = CliRunner().invoke(app, ["merge", "recipe.yaml", "--quiet"])
     assert result.exit_code == 0, result.output
     assert cm.open_checkpoint(checkpoints / "merged")["w"].dtype == torch.bfloat16
-
-
-def test_the_table_names_every_method() -> None:
-    assert set(re.findall(r"^\| `(\w+)`", README, re.MULTILINE)) | {"trim", "drop_and_rescale", "ties_split"} == set(
-        METHODS
-    )
 
 
 def test_every_command_exists() -> None:

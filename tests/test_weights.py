@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from calmerge import StateDict, add, task_vectors
-from calmerge._weights import ALL, Computed, Site, Spec, blocks, row_size, select
+from calmerge._weights import ALL, Computed, Site, Spec, blocks, row_size
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 10_000])
@@ -79,7 +79,7 @@ def test_asking_whether_a_name_is_there_reads_nothing() -> None:
 
 def test_select_keeps_the_order_given() -> None:
     weights = StateDict({"a": torch.zeros(1), "b": torch.ones(2), "c": torch.zeros(3)})
-    chosen = select(weights, ["c", "b"])
+    chosen = weights.only_names(["c", "b"])
     assert list(chosen) == ["c", "b"]
     assert torch.equal(chosen["b"], torch.ones(2))
 

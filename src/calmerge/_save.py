@@ -156,6 +156,7 @@ class _Gathered(Weights):
 
     def __init__(self, parts: Mapping[str, tuple[Weights, str]]) -> None:
         self._parts = parts
+        self.inputs = tuple(source for source, _ in parts.values())
         self.specs = {own: source.specs[name] for own, (source, name) in parts.items()}
         self.elementwise = all(source.elementwise for source, _ in parts.values())
 

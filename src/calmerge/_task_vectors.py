@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calmerge._checkpoint import Checkpoint, Source, open_checkpoint
 from calmerge._errors import CheckpointError, UsageError, did_you_mean
-from calmerge._weights import ALL, Computed, Memo, Spec, StateDict, Weights, digest, row_size
+from calmerge._weights import ALL, Computed, Memo, Node, Spec, StateDict, Weights, digest, row_size
 
 _TASK = re.compile(r"\w[\w.-]*")
 Merge = Callable[["TaskVectors"], Weights]
@@ -43,6 +43,7 @@ class TaskVectors(Weights):
         skipped: Mapping[str, str] | None = None,
     ) -> None:
         self._source, self.tasks, self.base = source, tuple(tasks), base
+        self.inputs = (source,)
         self.specs, self.elementwise = source.specs, source.elementwise
         self.experts = dict(experts)
         self.heads = dict(heads or {})
@@ -52,8 +53,8 @@ class TaskVectors(Weights):
         """The task vectors of one tensor, or of some of its rows: [T, rows, ...], float32."""
         return self._source.read(name, rows, memo)
 
-    def transform(self, fn: Callable[..., Tensor], *others: Weights, elementwise: bool = True) -> "TaskVectors":
-        """Task vectors of the same shape, `fn(tau, *others, site)` for every block.
+    def transform(self, fn: Callable[..., Tensor], *others: Node, elementwise: bool = True) -> "TaskVectors":
+        """Task vectors of the same shape, `fn(tau, *others, site)` for every block; see `map` for `others`.
 
         >>> tvs = task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
         >>> tvs.transform(lambda tau, site: 3 * tau)["w"]
@@ -61,7 +62,7 @@ class TaskVectors(Weights):
         """
         return self._with(_Stacked(fn, (self, *others), self.specs, elementwise=elementwise))
 
-    def reduce(self, fn: Callable[..., Tensor], *others: Weights, elementwise: bool = True) -> Weights:
+    def reduce(self, fn: Callable[..., Tensor], *others: Node, elementwise: bool = True) -> Weights:
         """One delta out of T task vectors, `fn(tau, *others, site)` with tau of shape [T, ...].
 
         >>> tvs = task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(2)}})
@@ -250,6 +251,7 @@ class _Rows(Weights):
 
     def __init__(self, stacks: Weights, specs: Mapping[str, Spec]) -> None:
         self._stacks, self.specs = stacks, specs
+        self.inputs = (stacks,)
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         stack = self._stacks.read(name)
@@ -263,6 +265,7 @@ class _Deltas(Weights):
 
     def __init__(self, base: Weights, experts: Sequence[tuple[str, Weights]], specs: Mapping[str, Spec]) -> None:
         self._base, self.experts, self.specs = base, experts, specs
+        self.inputs = (base, *(w for _, w in experts))
         self.elementwise = base.elementwise and all(w.elementwise for _, w in experts)
 
     def only(self, index: Sequence[int]) -> "_Deltas":
@@ -359,6 +362,7 @@ class _Renamed(Weights):
 
     def __init__(self, source: Weights, names: Mapping[str, str]) -> None:
         self.source, self.names = source, dict(names)
+        self.inputs = (source,)
         self.specs = {new: source.specs[old] for new, old in names.items()}
         self.elementwise = source.elementwise
 

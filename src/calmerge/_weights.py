@@ -1,8 +1,9 @@
 """Named tensors that are read, or computed, when asked for: never all at once."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -35,7 +36,25 @@ class Site(NamedTuple):
     offset: int
 
 
-class Weights(Mapping[str, Tensor]):
+class Node:
+    """Anything a lazy computation depends on: weights, or a number measured over weights.
+
+    Attributes:
+        inputs: the nodes it is computed from itself.
+    """
+
+    inputs: "tuple[Node, ...]" = ()
+
+
+class Number(Node):
+    """A node that hands a computation one small tensor, whatever block it is at."""
+
+    def at(self, site: Site) -> Tensor:
+        """The tensor for a computation at `site`."""
+        raise NotImplementedError
+
+
+class Weights(Node, Mapping[str, Tensor]):
     """A lazy mapping from names to tensors.
 
     `weights[name]` reads one whole tensor, `read(name, rows)` some rows of one. Only `specs` is known before that.
@@ -58,14 +77,29 @@ class Weights(Mapping[str, Tensor]):
         """
         raise NotImplementedError
 
-    def map(self, fn: Callable[[Tensor, Site], Tensor], *, elementwise: bool = True) -> "Weights":
-        """The weights with `fn(tensor, site)` applied to every tensor when it is read.
+    def map(self, fn: Callable[..., Tensor], *others: Node, elementwise: bool = True) -> "Weights":
+        """The weights with `fn(tensor, *others, site)` applied to every tensor when it is read.
+
+        Args:
+            fn: may be called on some rows of a tensor at a time.
+            others: weights of the same names, or measures, whose blocks or numbers `fn` is handed too.
+            elementwise: whether `fn` of some rows equals some rows of `fn`; if not, it gets whole tensors only.
 
         >>> doubled = StateDict({"w": torch.tensor([1.0, 2.0])}).map(lambda w, site: 2 * w)
         >>> doubled["w"]
         tensor([2., 4.])
         """
-        return Computed(fn, (self,), self.specs, elementwise=elementwise)
+        return Computed(fn, (self, *others), self.specs, elementwise=elementwise)
+
+    def only_names(self, names: Iterable[str]) -> Self:
+        """Some of the tensors, in the order given.
+
+        >>> list(StateDict({"a": torch.zeros(1), "b": torch.zeros(1)}).only_names(["b"]))
+        ['b']
+        """
+        chosen = copy.copy(self)
+        chosen.specs = {name: self.specs[name] for name in names}
+        return chosen
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
@@ -124,7 +158,7 @@ class Computed(Weights):
 
     Args:
         fn: called as `fn(*tensors, site)`.
-        inputs: weights that know every name of `specs`.
+        inputs: weights that know every name of `specs`, and measures.
         specs: the names, shapes and types that come out.
         elementwise: whether `fn` of some rows equals some rows of `fn`.
         row_dim: the dimension of the result along which rows are counted (1 for stacks of task vectors).
@@ -135,14 +169,14 @@ class Computed(Weights):
     def __init__(
         self,
         fn: Callable[..., Tensor],
-        inputs: tuple[Weights, ...],
+        inputs: tuple[Node, ...],
         specs: Mapping[str, Spec],
         *,
         elementwise: bool = True,
     ) -> None:
-        self._fn, self._inputs, self._own = fn, inputs, elementwise
+        self._fn, self.inputs, self._own = fn, inputs, elementwise
         self.specs = specs
-        self.elementwise = elementwise and all(w.elementwise for w in inputs)
+        self.elementwise = elementwise and all(w.elementwise for w in inputs if isinstance(w, Weights))
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The computed tensor; an earlier result for the same block in `memo` is used again."""
@@ -152,8 +186,8 @@ class Computed(Weights):
             if rows != ALL and not self._own:
                 memo[key] = self.read(name, ALL, memo)[(slice(None),) * self.row_dim + (rows,)]
             else:
-                tensors = [w.read(name, rows, memo) for w in self._inputs]
-                memo[key] = self._fn(*tensors, Site(name, (rows.start or 0) * row_size(self.specs[name])))
+                site = site_of(self, name, rows)
+                memo[key] = self._fn(*(value_at(node, site, rows, memo) for node in self.inputs), site)
         return memo[key]
 
 
@@ -171,6 +205,25 @@ def row_size(spec: Spec) -> int:
     return torch.Size(spec.shape[1:]).numel()
 
 
+def site_of(weights: Weights, name: str, rows: slice) -> Site:
+    """Where the `rows` of a tensor are."""
+    return Site(name, (rows.start or 0) * row_size(weights.specs[name]))
+
+
+def entries(weights: Weights, name: str, rows: slice) -> int:
+    """How many entries the `rows` of a tensor have."""
+    spec = weights.specs[name]
+    return spec.numel if rows == ALL else (rows.stop - (rows.start or 0)) * row_size(spec)
+
+
+def value_at(node: Node, site: Site, rows: slice, memo: Memo) -> Tensor:
+    """What a computation on `rows` of a tensor is handed of one of its inputs: these rows, or a number."""
+    if isinstance(node, Weights):
+        return node.read(site.name, rows, memo)
+    assert isinstance(node, Number)
+    return node.at(site)
+
+
 def blocks(weights: Weights, size: int = 2**18) -> Iterator[tuple[str, slice]]:
     """Name and rows of pieces of about `size` entries that cover `weights` once, in order.
 
@@ -186,15 +239,6 @@ def blocks(weights: Weights, size: int = 2**18) -> Iterator[tuple[str, slice]]:
         else:
             for start in range(0, spec.shape[0], step):
                 yield name, slice(start, min(start + step, spec.shape[0]))
-
-
-def select(weights: Weights, names: Iterable[str]) -> Weights:
-    """Some of the tensors, in the order given.
-
-    >>> list(select(StateDict({"a": torch.zeros(1), "b": torch.zeros(1)}), ["b"]))
-    ['b']
-    """
-    return Computed(lambda w, site: w, (weights,), {name: weights.specs[name] for name in names})
 
 
 def add(base: Weights, delta: Weights, *, dtype: torch.dtype | None = None) -> Weights:
@@ -219,6 +263,7 @@ def add(base: Weights, delta: Weights, *, dtype: torch.dtype | None = None) -> W
 class _Sum(Weights):
     def __init__(self, base: Weights, delta: Weights, specs: Mapping[str, Spec]) -> None:
         self._base, self._delta, self.specs = base, delta, specs
+        self.inputs = (base, delta)
         self.elementwise = base.elementwise and delta.elementwise
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from calmerge._checkpoint import Checkpoint, sha256
 from calmerge._errors import OutputError, UsageError
+from calmerge._measure import settle, workers
 from calmerge._run import Run
-from calmerge._weights import Weights, blocks, select
+from calmerge._weights import Weights, blocks
 
 MANIFEST = "calmerge.json"
 RECORDS = {MANIFEST, "expert.json", "report.json", "pretraining.json"}  # of how a folder came about; not its copies'
@@ -111,7 +112,8 @@ def write_weights(
     run = run or Run()
     files = _plan(weights, _bytes(shard))
     threads = threads or os.cpu_count() or 1
-    with run.progress.track("writing", weights.nbytes, "B") as bar, _pool(threads) as pool:
+    settle([weights], threads=threads, run=run)
+    with run.progress.track("writing", weights.nbytes, "B") as bar, workers(threads) as pool:
         for file, names in files.items():
             _write_file(folder / file, weights, names, chunk, pool, bar)
     if len(files) > 1:
@@ -120,7 +122,7 @@ def write_weights(
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
         write_json(folder / "model.safetensors.index.json", index)
-    with _pool(threads) as pool:
+    with workers(threads) as pool:
         return dict(zip(files, pool.map(lambda f: sha256(folder / f), files), strict=True))
 
 
@@ -165,7 +167,7 @@ def _write_file(path: Path, weights: Weights, names: list[str], chunk: int, pool
         end += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    part = select(weights, names)
+    part = weights.only_names(names)
     with path.open("wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         f.truncate(8 + len(text) + end)
@@ -189,17 +191,6 @@ def _write_file(path: Path, weights: Weights, names: list[str], chunk: int, pool
 
 def _raw(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-@contextmanager
-def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Workers that compute with one torch thread each: chunks are the parallelism."""
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
 
 
 def _bytes(size: str | int) -> int:

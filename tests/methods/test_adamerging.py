@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from calmerge import FitError, Run, TaskVectors, UsageError, task_vectors
+from calmerge import FitError, Run, TaskVectors, UsageError, adamerging, adamerging_pp, task_arithmetic, task_vectors
 from calmerge.fitting import entropy
-from calmerge.methods import adamerging, adamerging_pp, task_arithmetic, ties_split
+from calmerge.methods.ties import ties_split
 from calmerge.pieces import blend
 from calmerge.report.traces import FitTrace
 from calmerge.tasks.base import Batch, Task, Tasks

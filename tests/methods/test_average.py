@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from calmerge import add, task_vectors
-from calmerge.methods import average, task_arithmetic
+from calmerge import add, average, task_arithmetic, task_vectors
 
 EXPERTS = {t: {"w": torch.tensor([x])} for t, x in {"a": 1.4, "b": 1.2, "c": 0.9}.items()}
 BASE = {"w": torch.tensor([1.0])}

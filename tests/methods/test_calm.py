@@ -11,9 +11,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from calmerge import DataError, FitError, Run, TaskVectors, UsageError, Weights, task_vectors
+from calmerge import (
+    DataError,
+    FitError,
+    Run,
+    TaskVectors,
+    UsageError,
+    Weights,
+    average,
+    calm,
+    task_arithmetic,
+    task_vectors,
+    ties,
+)
 from calmerge._random import uniform
-from calmerge.methods import average, calm, task_arithmetic, ties
 from calmerge.methods.calm import automatic_groups, credible_pools
 from calmerge.pieces.mask import load_masks
 from calmerge.report.traces import CalmTrace

@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from calmerge import TaskVectors, UsageError, add, task_vectors
+from calmerge import TaskVectors, UsageError, add, average, dare, task_arithmetic, task_vectors, ties
 from calmerge._random import uniform
-from calmerge.methods import average, dare, drop_and_rescale, task_arithmetic, ties
 from calmerge.pieces import trim
+from calmerge.pieces.drop import drop_and_rescale
 
 
 def ones(n: int, *tasks: str) -> TaskVectors:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from calmerge import Run, TaskVectors, add, task_vectors
-from calmerge.methods import adamerging, average, dare, task_arithmetic, ties, ties_split
+from calmerge import Run, TaskVectors, adamerging, add, average, dare, task_arithmetic, task_vectors, ties
+from calmerge.methods.ties import ties_split
 from calmerge.tasks.base import Batch, Task, Tasks
 from calmerge.tasks.module import ModuleModel
 

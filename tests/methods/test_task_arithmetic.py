@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from calmerge import StateDict, TaskVectors, add, task_vectors
-from calmerge.methods import task_arithmetic
+from calmerge import StateDict, TaskVectors, add, task_arithmetic, task_vectors
 
 BASE = {"w": torch.tensor([1.0])}
 EXPERTS = {t: {"w": torch.tensor([x])} for t, x in {"a": 1.4, "b": 1.2, "c": 0.9}.items()}

@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from calmerge import TaskVectors, UsageError, merge, task_vectors
+from calmerge import TaskVectors, UsageError, merge, task_vectors, ties
 from calmerge._random import permutation, uniform
-from calmerge.methods import ties, ties_split, trim
+from calmerge.methods.ties import ties_split
+from calmerge.pieces.trim import trim
 
 ZERO = {"A": torch.zeros(5), "B": torch.zeros(5)}
 ONE = {"A": torch.tensor([0.9, 0.8, -0.7, 0.6, 0.05]), "B": torch.tensor([0.04, -0.03, 0.02, 0.01, 0.0])}

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calmerge import DataError, add, export, open_checkpoint, save, task_vectors
-from calmerge.methods import average
+from calmerge import DataError, add, average, export, open_checkpoint, save, task_vectors
 from calmerge.suites.suite import load_suite
 from calmerge.tasks.hf import open_suite
 

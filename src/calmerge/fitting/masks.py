@@ -20,7 +20,7 @@ from calmerge._errors import UsageError
 from calmerge._measure import kth_magnitude
 from calmerge._run import Run
 from calmerge._task_vectors import materialise
-from calmerge._weights import Computed, Site, StateDict, Weights, select
+from calmerge._weights import Computed, Site, StateDict, Weights
 from calmerge.fitting.fit import Fitted, Params, empty, fit, write
 from calmerge.fitting.objectives import pseudo_label
 from calmerge.pieces.mask import load_masks, save_masks, top_fraction
@@ -175,7 +175,7 @@ def start_logits(tau_k: Weights, names: Sequence[str], *, top: float, logit: flo
     >>> start_logits(tvs.of("a"), ["w"], top=0.5, logit=5.0)["w"]
     tensor([-5.,  5., -5., -5.])
     """
-    maskable = select(tau_k, names)
+    maskable = tau_k.only_names(names)
     threshold = top_fraction(maskable, top)
     return maskable.map(lambda tau, site: torch.where(tau.abs() > threshold, logit, -logit))
 
@@ -265,7 +265,7 @@ def auto_step_size(force: Weights, share: float, threshold: float) -> float:
     positive = force.map(lambda f, site: f.clamp(min=0))
     n = positive.numel
     for k in (max(1, int(share * n)), 1):
-        quantile = float(kth_magnitude(positive, n - k + 1)[0]) if n else 0.0
+        quantile = float(kth_magnitude(positive, n - k + 1).value()[0]) if n else 0.0
         if quantile > 0:
             return threshold / quantile
     return 1.0
@@ -303,7 +303,7 @@ def _finished(
     kept = json.loads((folder / "record.json").read_text())
     if kept["key"] != key:
         raise UsageError(f"{folder} holds the state of another run. Name another folder, or delete this one.")
-    kept_vector = select(open_checkpoint(folder / "merged.safetensors"), names)
+    kept_vector = open_checkpoint(folder / "merged.safetensors").only_names(names)
     merged = materialise(kept_vector.map(lambda w, site: w.to(device)))
     masks = load_masks(folder / "mask.safetensors")
     return merged, {n: masks[n] for n in names if n in masks}, CalmStage.model_validate(kept["record"])

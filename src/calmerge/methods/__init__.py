@@ -1,29 +1,41 @@
-"""The published methods, each one function of task vectors, and the table of their names."""
+"""The published methods, each one function of task vectors in a file of its own, and the table of their names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
-from calmerge.methods.adamerging import adamerging, adamerging_pp
-from calmerge.methods.average import average
-from calmerge.methods.calm import calm
-from calmerge.methods.dare import dare
-from calmerge.methods.task_arithmetic import task_arithmetic
-from calmerge.methods.ties import ties, ties_split
-from calmerge.pieces.drop import drop_and_rescale
-from calmerge.pieces.trim import trim
-
-METHODS: Mapping[str, Callable[..., Any]] = {
-    "adamerging": adamerging,
-    "adamerging_pp": adamerging_pp,
-    "average": average,
-    "calm": calm,
-    "dare": dare,
-    "drop_and_rescale": drop_and_rescale,
-    "task_arithmetic": task_arithmetic,
-    "ties": ties,
-    "ties_split": ties_split,
-    "trim": trim,
+_HOME = {
+    "adamerging": "methods.adamerging",
+    "adamerging_pp": "methods.adamerging",
+    "average": "methods.average",
+    "calm": "methods.calm",
+    "dare": "methods.dare",
+    "drop_and_rescale": "pieces.drop",
+    "task_arithmetic": "methods.task_arithmetic",
+    "ties": "methods.ties",
+    "ties_split": "methods.ties",
+    "trim": "pieces.trim",
 }
+
+
+class _Methods(Mapping[str, Callable[..., Any]]):
+    """Functions by name; a file is imported when one of its functions is first asked for."""
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        fn: Callable[..., Any] = getattr(import_module(f"calmerge.{_HOME[name]}"), name)
+        return fn
+
+    def __contains__(self, name: object) -> bool:
+        return name in _HOME
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_HOME)
+
+    def __len__(self) -> int:
+        return len(_HOME)
+
+
+METHODS: Mapping[str, Callable[..., Any]] = _Methods()
 """What a recipe may call: methods, and the pieces that turn task vectors into task vectors."""
 
-__all__ = ["METHODS", *METHODS]
+__all__ = ["METHODS"]

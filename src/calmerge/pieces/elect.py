@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calmerge._measure import later, total
+from calmerge._measure import total
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.blend import summed
@@ -23,12 +23,12 @@ def elect(tvs: TaskVectors) -> Weights:
     tensor([ 0.,  1., -1.])
     """
     signs = tvs.reduce(lambda tau, site: summed(tau).sign())
-    majority = later(lambda: total(signs, lambda s: s.sum(dtype=torch.float64)).sign().float())
+    majority = total(signs, lambda s: s.sum(dtype=torch.float64))
 
-    def settled(sign: Tensor, site: Site) -> Tensor:
-        return torch.where(sign == 0, majority(), sign) if (sign == 0).any() else sign
+    def settled(sign: Tensor, majority: Tensor, site: Site) -> Tensor:
+        return torch.where(sign == 0, majority.sign().to(sign), sign)
 
-    return signs.map(settled)
+    return signs.map(settled, majority)
 
 
 def agree(tvs: TaskVectors, signs: Weights) -> TaskVectors:

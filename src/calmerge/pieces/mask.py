@@ -31,7 +31,7 @@ def top_fraction(weights: Weights, fraction: float) -> float:
     """
     n = weights.numel
     k = int(fraction * n)
-    return float(kth_magnitude(weights, n - k + 1)[0]) if k else float("inf")
+    return float(kth_magnitude(weights, n - k + 1).value()[0]) if k else float("inf")
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from calmerge._measure import kth_magnitude, later
+from calmerge._measure import kth_magnitude
 from calmerge._signature import KeepFraction, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site
@@ -31,10 +31,9 @@ def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2) -> TaskVectors:
     rank = d - int(d * keep)
     if rank <= 0:
         return tvs
-    threshold = later(lambda: kth_magnitude(tvs, rank))
 
-    def kept(tau: Tensor, site: Site) -> Tensor:
-        cut = threshold().to(tau.device).reshape(-1, *[1] * (tau.dim() - 1))
+    def kept(tau: Tensor, threshold: Tensor, site: Site) -> Tensor:
+        cut = threshold.to(tau.device).reshape(-1, *[1] * (tau.dim() - 1))
         return tau.where(tau.abs() >= cut, 0.0)
 
-    return tvs.transform(kept)
+    return tvs.transform(kept, kth_magnitude(tvs, rank))
