@@ -145,7 +145,7 @@ def test_an_index_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path, write_folder: Callable[..., Path]) -> None:
     folder = write_folder(tmp_path / "m", TENSORS, 2)
     save_file({"w": torch.zeros(1)}, folder / "model-00002-of-00002.safetensors")
-    assert "tensor 'w' stands in two files, one of them model-0000" in refusal(folder)
+    assert "tensor 'w' stands in two files, model-00001-of-00002.safetensors and model-00002-of" in refusal(folder)
 
 
 def test_several_files_without_an_index_are_refused(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from calmerge._errors import CheckpointError, MissingExtra
+from calmerge._header import Entry, read_header
 from calmerge._weights import ALL, Memo, Spec, StateDict, Weights
 
 Source = str | Path | Weights | Mapping[str, Tensor] | nn.Module
@@ -20,7 +21,8 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
 }  # fmt: skip
 
 
@@ -31,32 +33,38 @@ class Checkpoint(Weights):
         files: the files, in order; a name may stand in one of them only.
         label: what error messages and reports call it.
         folder: where its side files (config, tokenizer) are; None for a single file.
+
+    Attributes:
+        entries: by name, the number of the tensor's file in `files`, and where in it the tensor lies.
+        foreign: by name, the stored type of tensors that torch has no type for (`F4`); they are not in `specs`.
     """
 
     def __init__(self, files: list[Path], *, label: str, folder: Path | None = None) -> None:
         self.files, self.label, self.folder = files, label, folder
-        self._handles: dict[str, Any] = {}
-        specs: dict[str, Spec] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="pt")
-                for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-                    part = handle.get_slice(name)
-                    if name in specs:
-                        raise CheckpointError(f"{label}: tensor '{name}' stands in two files, one of them {file.name}.")
-                    specs[name] = Spec(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
-                    self._handles[name] = handle
-            except KeyError as e:
-                raise CheckpointError(f"{file}: tensors of type {e} cannot be merged.") from None
-            except (SafetensorError, OSError) as e:
-                raise CheckpointError(
-                    f"{file}: not a readable safetensors file ({e}). Download or save it again."
-                ) from None
-        self.specs = specs
+        self.entries: dict[str, tuple[int, Entry]] = {}
+        for number, file in enumerate(files):
+            for name, entry in read_header(file).tensors.items():
+                if name in self.entries:
+                    first = files[self.entries[name][0]].name
+                    raise CheckpointError(
+                        f"{label}: tensor '{name}' stands in two files, {first} and {file.name}. "
+                        "Remove the one that does not belong, or save the model again."
+                    )
+                self.entries[name] = number, entry
+        self.specs = {
+            name: Spec(entry.shape, _DTYPES[entry.dtype])
+            for name, (_, entry) in self.entries.items()
+            if entry.dtype in _DTYPES
+        }
+        self.foreign = {name: e.dtype for name, (_, e) in self.entries.items() if name not in self.specs}
+        self._handles: dict[int, Any] = {}
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The tensor, or some rows of it, straight from the file."""
-        handle = self._handles[name]
+        number = self.entries[name][0]
+        if number not in self._handles:
+            self._handles[number] = safe_open(self.files[number], framework="pt")
+        handle = self._handles[number]
         tensor: Tensor = handle.get_tensor(name) if rows == ALL else handle.get_slice(name)[rows]
         return tensor
 
