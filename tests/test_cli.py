@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -153,6 +154,32 @@ def test_a_taken_output_is_found_before_any_work(recipe: Path) -> None:
     assert done.exit_code == 1
     assert "'merged' is there already; nothing was done" in done.stderr
     assert os.listdir(recipe.parent / "merged") == ["mine.txt"]
+
+
+def test_resume_goes_on_from_a_stopped_merge(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import calmerge._save
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    recipe.write_text(recipe.read_text().replace("out: merged", "out: {path: merged, shard: 20B}"))
+    for words, says in {
+        ("-q",): "warning: removed what a stopped run had left",
+        ("--resume",): "note: going on",
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(calmerge._save, "_write_head", stopped)
+            done = call("merge", recipe)
+        assert done.exit_code == 130
+        assert "the same command goes on from there (merge: with --resume)" in done.stderr
+        assert not (recipe.parent / "merged").exists()
+        done = call("merge", recipe, *words, "--out", recipe.parent / "merged")
+        assert (done.exit_code, says in done.stderr) == (0, True), done.stderr
+        assert sorted(os.listdir(recipe.parent)) == ["a", "b", "base", "merged", "recipe.yaml"]
+        again = call("merge", recipe, "--resume", "--json")
+        assert again.exit_code == 0
+        assert "'merged' was finished before" in again.stderr
+        shutil.rmtree(recipe.parent / "merged")
 
 
 def test_a_recipe_without_out_needs_the_option(recipe: Path) -> None:

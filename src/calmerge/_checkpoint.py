@@ -156,7 +156,9 @@ def _open_folder(folder: Path, label: str) -> Checkpoint | StateDict:
         )
     for pattern in ("pytorch_model.bin", "*.bin", "*.pt"):
         for file in sorted(folder.glob(pattern)):
-            return _open_file(file, label)
+            opened = _open_file(file, label)
+            opened.folder = folder
+            return opened
     found = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
     raise CheckpointError(f"'{label}' holds no weights (*.safetensors, *.bin or *.pt); found {found}.")
 

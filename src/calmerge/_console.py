@@ -3,6 +3,7 @@
 Everything goes to the error stream, so that results on the output stream can be piped.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,19 @@ def console_progress(*, quiet: bool = False, stream: TextIO | None = None) -> Pr
     if quiet:
         return Silent()
     return Bars(stream) if stream.isatty() else Lines(stream)
+
+
+def show_notes(*, quiet: bool = False) -> None:
+    """Print what the library logs to the error stream, a line each; of a quiet run its warnings only."""
+    logger = logging.getLogger("calmerge")
+    logger.handlers = [_Notes()]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = "warning" if record.levelno >= logging.WARNING else "note"
+        sys.stderr.write(f"{kind}: {record.getMessage()}\n")
 
 
 class Bars:

@@ -61,6 +61,10 @@ class Measure(Number):
         assert self._value is not None
         return self._value
 
+    def settle_as(self, number: Tensor) -> None:
+        """Take a number that an earlier run found."""
+        self._value = number
+
     def at(self, site: Site) -> Tensor:
         """What a computation at `site` is handed: the number."""
         return self.value()

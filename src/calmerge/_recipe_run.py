@@ -1,6 +1,7 @@
 """Carrying a recipe out: from its file names to a merged folder."""
 
 import hashlib
+import logging
 import platform
 import shutil
 import time
@@ -16,9 +17,10 @@ import torch
 
 from calmerge._errors import CheckpointError, OutputError, UsageError
 from calmerge._run import Run
-from calmerge._save import hashes, save, versions
+from calmerge._save import finished_before, hashes, save, versions
 from calmerge._task_vectors import TaskVectors, task_vectors
 from calmerge._weights import Weights
+from calmerge._writer import MANIFEST
 from calmerge.recipe import Recipe, build, missing_inputs
 
 if TYPE_CHECKING:
@@ -89,7 +91,12 @@ def plan(recipe: Recipe, tvs: TaskVectors) -> Plan:
 
 
 def run_recipe(
-    recipe: Recipe, *, out: str | Path | None = None, command: str | None = None, run: Run | None = None
+    recipe: Recipe,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    command: str | None = None,
+    run: Run | None = None,
 ) -> dict[str, Any]:
     """The manifest of the merged folder that a recipe describes, made and written.
 
@@ -99,6 +106,7 @@ def run_recipe(
     Args:
         recipe: as `load_recipe` gives it.
         out: folder of the result; the recipe's if None.
+        resume: go on from what a stopped run of the same merge left beside the folder; see `save`.
         command: what the user typed, for the report.
         run: progress, and another place for the state.
 
@@ -111,9 +119,11 @@ def run_recipe(
     if path is None:
         raise UsageError(f"{recipe.file}: no 'out' in the recipe, and no folder was given.")
     path = path.expanduser().absolute()
+    run = run or Run()
+    if resume and (finished := _finished(path, recipe)):
+        return finished
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise OutputError(f"'{path.name}' is there already; nothing was done. Name a new folder, or delete this one.")
-    run = run or Run()
     state = run.folder or path.parent / f".{path.name}.state"
     tvs, tasks = _open(recipe, run)
     inner = replace(run, folder=state)
@@ -128,11 +138,22 @@ def run_recipe(
         shard=recipe.out.shard or "5GB",
         recipe=recipe.to_dict(),
         card=_card(report, path.name),
+        resume=resume,
+        also=lambda folder: _write_report(report, folder),
         run=run,
     )
-    _write_report(report, path)
     if run.folder is None:
         shutil.rmtree(state, ignore_errors=True)
+    return manifest
+
+
+def _finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The manifest of a folder that an earlier run had finished before it was stopped."""
+    if not (path / MANIFEST).is_file():
+        return None
+    manifest = finished_before(path, open_inputs(recipe), recipe.to_dict())
+    if manifest is not None:
+        logging.getLogger("calmerge").info("'%s' was finished before", path.name)
     return manifest
 
 

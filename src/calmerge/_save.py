@@ -2,19 +2,21 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from calmerge._checkpoint import Checkpoint, open_checkpoint
-from calmerge._errors import CheckpointError, OutputError, did_you_mean
+from calmerge._checkpoint import Checkpoint, open_checkpoint, sha256
+from calmerge._errors import CheckpointError, OutputError, UsageError, did_you_mean
+from calmerge._folder import new_folder, resumable_folder
 from calmerge._run import Run
 from calmerge._task_vectors import TaskVectors, own_names
-from calmerge._weights import ALL, Memo, Weights, add
-from calmerge._writer import MANIFEST, copy_side_files, new_folder, write_json, write_weights
+from calmerge._weights import ALL, Memo, Weights, add, digest
+from calmerge._writer import MANIFEST, bytes_of, copy_side_files, write_json, write_weights
 
 
 def save(
@@ -28,6 +30,8 @@ def save(
     card: str | None = None,
     chunk: int = 2**18,
     threads: int | None = None,
+    resume: bool = False,
+    also: Callable[[Path], None] | None = None,
     run: Run | None = None,
 ) -> dict[str, Any]:
     """The manifest of the folder written: the merged model, and all that is known of how it came about.
@@ -35,6 +39,7 @@ def save(
     The folder holds the backbone (`model.safetensors` or shards with an index), the base's side files, `heads/<task>/`
     with each task's own tensors and configuration (`export` makes full models of them), a model card, and
     `calmerge.json`: recipe, versions, hashes of inputs and outputs, and the tensors that were not merged, with reasons.
+    It appears when it is whole. What a killed run had finished is kept beside it, for a run with `resume`.
 
     Args:
         path: a folder that does not exist yet, or is empty.
@@ -46,10 +51,15 @@ def save(
         card: text of README.md.
         chunk: entries computed at a time; changes no byte.
         threads: chunks computed at a time; changes no byte.
+        resume: go on from what a stopped run with the same recipe and inputs left, if there is something; the bytes
+            are those of an unbroken run. Needs `recipe`, which tells whether it is the same merge.
+        also: called with the folder before it is whole, to write more files into it.
         run: progress in bytes.
 
     Raises:
-        OutputError: the place is taken, is an input, cannot be written, or the disk is too small.
+        UsageError: `resume` without a recipe.
+        OutputError: the place is taken, is an input's, cannot be written, or the disk is too small; or what a stopped
+            run left is of another merge.
         CheckpointError: an input has entries that are NaN or infinite; nothing is left behind.
 
     >>> import tempfile
@@ -60,27 +70,34 @@ def save(
     tensor([1., 1.])
     """
     path = Path(path)
+    if resume and recipe is None:
+        raise UsageError("resume needs the recipe: nothing else tells whether a stopped run made the same merge.")
     _check_apart(path, tvs)
     weights = add(tvs.base, delta, dtype=dtype)
     need = weights.nbytes + sum(head.nbytes for head in tvs.heads.values())
-    with new_folder(path, need=need) as folder:
-        copy_side_files(tvs.base, folder)
-        files = write_weights(folder, weights, shard=shard, chunk=chunk, threads=threads, run=run)
+    key = None if recipe is None else _key(tvs, recipe, weights, shard)
+    with resumable_folder(path, need=need, key=key, resume=resume) as (folder, journal):
+        side = copy_side_files(tvs.base, folder, dtype=dtype)
+        files = write_weights(
+            folder, weights, shard=shard, chunk=chunk, threads=threads, run=run, journal=journal
+        )  # fmt: skip
         for task, head in tvs.heads.items():
-            files |= _write_head(folder / "heads" / task, tvs, task, head)
+            files |= _write_head(folder, tvs, task, head)
         if card:
             (folder / "README.md").write_text(card)
         manifest = {
             "calmerge": _version(),
             "versions": versions(),
             "recipe": recipe,
-            "inputs": {"base": hashes(tvs.base)} | {f"expert {t}": hashes(w) for t, w in tvs.experts.items()},
+            "inputs": input_hashes(tvs),
             "merged": len(delta),
             "not_merged": tvs.skipped,
             "tasks": list(tvs.tasks),
-            "files": files,
+            "files": files | side,
         }
         write_json(folder / MANIFEST, manifest)
+        if also is not None:
+            also(folder)
     return manifest
 
 
@@ -126,6 +143,21 @@ def export(folder: str | Path, task: str, out: str | Path, *, run: Run | None = 
     return out
 
 
+def finished_before(path: Path, tvs: TaskVectors, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the folder at `path`, if it is the whole result of this very merge."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        same = manifest["recipe"] == recipe and manifest["inputs"] == input_hashes(tvs)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if same else None
+
+
+def input_hashes(tvs: TaskVectors) -> dict[str, dict[str, str]]:
+    """SHA-256 of the files of base and experts."""
+    return {"base": hashes(tvs.base)} | {f"expert {t}": hashes(w) for t, w in tvs.experts.items()}
+
+
 def versions() -> dict[str, str]:
     """What an output was made with."""
     import safetensors
@@ -165,32 +197,45 @@ class _Gathered(Weights):
         return source.read(theirs, rows, memo)
 
 
+def _key(tvs: TaskVectors, recipe: Mapping[str, Any], weights: Weights, shard: str | int) -> dict[str, str]:
+    """All that the bytes depend on, by what a message calls it."""
+    return {
+        "recipe": digest(recipe),
+        "base": tvs.base.fingerprint,
+        **{f"expert '{task}'": expert.fingerprint for task, expert in tvs.experts.items()},
+        "dtype": digest([spec.dtype for spec in weights.specs.values()]),
+        "shard size": str(bytes_of(shard)),
+        "version of calmerge or torch": digest([_version(), versions()]),
+    }
+
+
 def _write_head(folder: Path, tvs: TaskVectors, task: str, head: Weights) -> dict[str, str]:
-    folder.mkdir(parents=True)
+    """One task's own tensors and configuration; the hashes of these files."""
+    place = folder / "heads" / task
+    place.mkdir(parents=True, exist_ok=True)
     source = getattr(tvs.experts[task], "source", tvs.experts[task])
     apart = isinstance(source, Checkpoint) and any(f.name == "head.safetensors" for f in source.files)
-    write_json(folder / "names.json", {"names": own_names(tvs, task), "head_in_a_file_of_its_own": apart})
-    if isinstance(source, Checkpoint) and source.folder and (source.folder / "config.json").is_file():
-        (folder / "config.json").write_bytes((source.folder / "config.json").read_bytes())
-    return _write_tensors(folder / "head.safetensors", head) if len(head) else {}
-
-
-def _write_tensors(path: Path, weights: Weights) -> dict[str, str]:
-    from safetensors.torch import save_file
-
-    from calmerge._checkpoint import sha256
-
-    save_file({name: w.contiguous() for name, w in weights.items()}, path, metadata={"format": "pt"})
-    return {f"heads/{path.parent.name}/{path.name}": sha256(path)}
+    write_json(place / "names.json", {"names": own_names(tvs, task), "head_in_a_file_of_its_own": apart})
+    config = source.folder / "config.json" if source.folder else None
+    if config is not None and config.is_file():
+        (place / "config.json").write_bytes(config.read_bytes())
+    if len(head):
+        tensors = {name: w.contiguous() for name, w in head.items()}
+        save_file(tensors, place / "head.safetensors", metadata={"format": "pt"})
+    return {str(f.relative_to(folder)): sha256(f) for f in sorted(place.iterdir())}
 
 
 def _check_apart(path: Path, tvs: TaskVectors) -> None:
+    """The output is no input, and lies in none."""
+    path = path.resolve()
     for label, weights in {"the base": tvs.base, **{f"expert '{t}'": w for t, w in tvs.experts.items()}}.items():
         source = getattr(weights, "source", weights)
-        if isinstance(source, Checkpoint) and any(
-            path.resolve() in (f.parent.resolve(), f.resolve()) for f in source.files
-        ):
+        files = [f.resolve() for f in source.files] if isinstance(source, Checkpoint) else []
+        folder = source.folder.resolve() if source.folder else None
+        if path == folder or path in files or path in [f.parent for f in files]:
             raise OutputError(f"the output would overwrite {label}; name another folder.")
+        if folder is not None and folder in path.parents:
+            raise OutputError(f"the output would lie inside {label} ({folder}); name a folder outside of it.")
 
 
 def _version() -> str:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
@@ -62,10 +63,12 @@ class Weights(Node, Mapping[str, Tensor]):
     Attributes:
         specs: shape and dtype by name.
         elementwise: whether rows can be had without reading the whole tensor.
+        folder: where they were opened, if that is a folder with side files (configuration, tokenizer).
     """
 
     specs: Mapping[str, Spec]
     elementwise: bool = True
+    folder: Path | None = None
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The tensor `name`, or its `rows` along the first dimension.

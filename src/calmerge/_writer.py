@@ -1,90 +1,33 @@
-"""Writing a checkpoint folder: block by block, beside its final place, and moved there only when it is whole."""
+"""Writing weights as safetensors files, block by block: one file, or shards with their index."""
 
 import json
 import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calmerge._checkpoint import Checkpoint, sha256
-from calmerge._errors import OutputError, UsageError
-from calmerge._measure import settle, workers
+from calmerge._checkpoint import sha256
+from calmerge._errors import UsageError
+from calmerge._folder import Journal
+from calmerge._measure import pending, settle, workers
 from calmerge._run import Run
 from calmerge._weights import Weights, blocks
 
 MANIFEST = "calmerge.json"
 RECORDS = {MANIFEST, "expert.json", "report.json", "pretraining.json"}  # of how a folder came about; not its copies'
+_SIDE = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-
-
-@contextmanager
-def new_folder(path: Path, *, need: int = 0) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` when the block ends well, and is gone when it does not.
-
-    Until the end it lies beside `path` under a name that starts with a dot, so that a killed run leaves nothing that
-    looks finished.
-
-    Args:
-        path: must not exist, or be an empty folder.
-        need: bytes that will be written; checked against the free space of the disk before anything is.
-
-    Raises:
-        OutputError: the place is taken, cannot be written, or is too small.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as place:
-    ...     with new_folder(Path(place) / "merged") as folder:
-    ...         _ = (folder / "a.txt").write_text("a")
-    ...     sorted(p.name for p in (Path(place) / "merged").iterdir())
-    ['a.txt']
-    """
-    path = path.absolute()
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise OutputError(f"'{path.name}' is a file or a link; name a new folder for the output.")
-    if path.is_dir() and any(path.iterdir()):
-        raise OutputError(f"'{path.name}' is not empty; nothing was written. Name a new folder, or delete this one.")
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    _clear_killed(path)
-    try:
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if need > free:
-            raise OutputError(f"'{path.name}' needs {need / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left.")
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        if path.is_dir():
-            path.rmdir()
-        os.rename(partial, path)
-        _sync(path.parent)
-    except OSError as e:
-        if isinstance(e, OutputError):
-            raise
-        raise OutputError(f"'{path.name}' cannot be written: {e.strerror or e}. Nothing is left of it.") from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _clear_killed(path: Path) -> None:
-    """Remove what runs that were killed left beside `path`; a folder whose process lives is not touched."""
-    for left in path.parent.glob(f".{path.name}.*.partial"):
-        pid = left.name.split(".")[-2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").is_dir():
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_weights(
@@ -95,6 +38,7 @@ def write_weights(
     chunk: int = 2**18,
     threads: int | None = None,
     run: Run | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, str]:
     """The SHA-256 of the files written: `model.safetensors`, or shards with `model.safetensors.index.json`.
 
@@ -108,22 +52,31 @@ def write_weights(
         chunk: entries computed at a time.
         threads: how many chunks are computed at a time; as many as there are cores when None.
         run: progress in bytes.
+        journal: of what is finished; files that it knows and that still have their hash are not written again.
     """
     run = run or Run()
-    files = _plan(weights, _bytes(shard))
+    files = shards(weights, bytes_of(shard))
     threads = threads or os.cpu_count() or 1
-    settle([weights], threads=threads, run=run)
+    hashes: dict[str, str] = {}
     with run.progress.track("writing", weights.nbytes, "B") as bar, workers(threads) as pool:
+        if journal is not None:
+            hashes = _still_whole(folder, journal, pool)
+            bar.advance(sum(weights.specs[name].nbytes for file in hashes for name in files[file]))
+        if len(hashes) < len(files):
+            _settle(weights, threads, run, journal)
+        finishing: dict[str, Future[str]] = {}
         for file, names in files.items():
-            _write_file(folder / file, weights, names, chunk, pool, bar)
+            if file not in hashes:
+                _write_file(folder / file, weights, names, chunk, pool, bar)
+                finishing[file] = pool.submit(_finish, folder / file, journal)  # while the next one is written
+        hashes |= {file: found.result() for file, found in finishing.items()}
     if len(files) > 1:
         index = {
             "metadata": {"total_size": weights.nbytes},
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
         write_json(folder / "model.safetensors.index.json", index)
-    with workers(threads) as pool:
-        return dict(zip(files, pool.map(lambda f: sha256(folder / f), files), strict=True))
+    return {file: hashes[file] for file in files}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -131,17 +84,65 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def copy_side_files(source: Weights, folder: Path) -> None:
-    """The files around the weights (configurations, tokenizer, chat template), where the source has them."""
-    if not isinstance(source, Checkpoint) or source.folder is None:
+def copy_side_files(source: Weights, folder: Path, *, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """The SHA-256 by name of what lies around the weights of `source` and was copied, if it is a folder.
+
+    That is configurations, tokenizer, chat templates, code, the licence, and the folders which `modules.json` names
+    (pooling of a sentence encoder).
+
+    Args:
+        source: the base.
+        folder: where the copies go.
+        dtype: of the weights that come out, for `config.json` to say; as it is when None.
+    """
+    place = getattr(source, "folder", None)
+    if place is None:
+        return {}
+    copied = [file for file in sorted(place.iterdir()) if file.is_file() and _beside_weights(file)]
+    for inner in [*_modules(place), "additional_chat_templates"]:
+        copied += sorted(f for f in (place / inner).rglob("*") if f.is_file())
+    hashes = {}
+    for file in copied:
+        target = folder / file.relative_to(place)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+        if file.name == "config.json" and file.parent == place and dtype is not None:
+            _say_dtype(target, str(dtype).removeprefix("torch."))
+        hashes[str(file.relative_to(place))] = sha256(target)
+    return hashes
+
+
+def _beside_weights(file: Path) -> bool:
+    if file.name in RECORDS or file.name.endswith(".index.json"):
+        return False
+    return file.suffix in _SIDE or file.stem.upper() in {"LICENSE", "LICENCE", "NOTICE"}
+
+
+def _modules(place: Path) -> list[str]:
+    """The folders that the `modules.json` of a sentence encoder names."""
+    try:
+        paths = [str(module["path"]) for module in json.loads((place / "modules.json").read_text())]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [path for path in paths if path and Path(path).name == path and path != ".."]
+
+
+def _say_dtype(config: Path, dtype: str) -> None:
+    try:
+        said = json.loads(config.read_text())
+    except ValueError:
         return
-    for file in sorted(source.folder.iterdir()):
-        wanted = file.suffix in {".json", ".txt", ".model", ".jinja"} and not file.name.endswith(".index.json")
-        if file.is_file() and wanted and file.name not in RECORDS:
-            shutil.copyfile(file, folder / file.name)
+    if isinstance(said, dict) and {"dtype", "torch_dtype"} & set(said):
+        write_json(config, {key: dtype if key in ("dtype", "torch_dtype") else value for key, value in said.items()})
 
 
-def _plan(weights: Weights, limit: int) -> dict[str, list[str]]:
+def shards(weights: Weights, limit: int) -> dict[str, list[str]]:
+    """The tensors of every file, where a file holds up to `limit` bytes or one tensor.
+
+    >>> from calmerge import StateDict
+    >>> list(shards(StateDict({"a": torch.zeros(2), "b": torch.zeros(2)}), 8).values())
+    [['a'], ['b']]
+    """
     groups: list[list[str]] = [[]]
     size = 0
     for name, spec in weights.specs.items():
@@ -153,6 +154,30 @@ def _plan(weights: Weights, limit: int) -> dict[str, list[str]]:
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _still_whole(folder: Path, journal: Journal, pool: ThreadPoolExecutor) -> dict[str, str]:
+    """The finished files that are as the journal says."""
+    found = pool.map(lambda file: sha256(folder / file) if (folder / file).is_file() else "", journal.finished)
+    return {file: hash for (file, hash), now in zip(journal.finished.items(), found, strict=True) if hash == now}
+
+
+def _settle(weights: Weights, threads: int, run: Run, journal: Journal | None) -> None:
+    """Find the numbers that the weights depend on, or take those which a stopped run had found."""
+    waiting = pending([weights])
+    if journal is not None and journal.measured is not None and len(journal.measured) == len(waiting):
+        for measure, number in zip(waiting, journal.measured, strict=True):
+            measure.settle_as(number)
+    settle([weights], threads=threads, run=run)
+    if journal is not None and journal.measured is None:
+        journal.keep([measure.value() for measure in waiting])
+
+
+def _finish(file: Path, journal: Journal | None) -> str:
+    found = sha256(file)
+    if journal is not None:
+        journal.finish(file, found)
+    return found
 
 
 def _write_file(path: Path, weights: Weights, names: list[str], chunk: int, pool: ThreadPoolExecutor, bar: Any) -> None:
@@ -193,22 +218,15 @@ def _raw(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _bytes(size: str | int) -> int:
-    """
-    >>> _bytes("5GB"), _bytes("1.5 MB"), _bytes(100)
+def bytes_of(size: str | int, what: str = "shard") -> int:
+    """The bytes that a size names, in powers of 1,000.
+
+    >>> bytes_of("5GB"), bytes_of("1.5 MB"), bytes_of(100)
     (5000000000, 1500000, 100)
     """
-    if isinstance(size, int):
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)B\s*", size, re.IGNORECASE)
-    if not match:
-        raise UsageError(f"shard must be a size like 5GB or 500MB, got '{size}'.")
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)B\s*", str(size), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise UsageError(f"{what} must be a size like 5GB or 500MB, got '{size}'.")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -33,7 +33,10 @@ class _Group(TyperGroup):
                 raise
             _fail(e)
         except KeyboardInterrupt:
-            typer.echo("stopped; what was finished is kept, the same command goes on from there.", err=True)
+            typer.echo(
+                "stopped; what was finished is kept: the same command goes on from there (merge: with --resume).",
+                err=True,
+            )
             raise typer.Exit(130) from None
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -99,13 +102,17 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, read no tensor.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from what a stopped run of the same merge had finished.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Example: calmerge merge recipe.yaml --out merged/
 
     The folder holds the merged backbone, one head per task, the report, a model card, and calmerge.json with recipe,
-    versions and hashes. A killed merge leaves no folder, and goes on where it was when it is called again.
+    versions and hashes. It appears when it is whole. What a stopped run had finished is kept beside it: call again with
+    --resume to go on from there, or without to begin anew.
     """
     from calmerge._recipe_run import open_inputs, plan, run_recipe
     from calmerge.recipe import load_recipe
@@ -115,7 +122,7 @@ def merge(
         found = plan(checked, open_inputs(checked)).to_dict() | ({"out": str(out)} if out else {})
         _show().emit(found, as_json, lambda: _show().plan(found))
         return
-    manifest = run_recipe(checked, out=out, command=_command(), run=_run(quiet))
+    manifest = run_recipe(checked, out=out, resume=resume, command=_command(), run=_run(quiet))
     where = out or checked.out.path
     _show().emit(manifest, as_json, lambda: typer.echo(f"merged {manifest['merged']} tensors into {where}"))
 
@@ -276,9 +283,10 @@ def _fail(error: CalmergeError) -> NoReturn:
 
 
 def _run(quiet: bool) -> "Run":
-    from calmerge._console import console_progress
+    from calmerge._console import console_progress, show_notes
     from calmerge._run import Run
 
+    show_notes(quiet=quiet)
     return Run(progress=console_progress(quiet=quiet))
 
 
