@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from calmerge.methods.average import average as average
     from calmerge.methods.calm import calm as calm
     from calmerge.methods.dare import dare as dare
+    from calmerge.methods.iso_c import iso_c as iso_c
     from calmerge.methods.task_arithmetic import task_arithmetic as task_arithmetic
     from calmerge.methods.ties import ties as ties
+    from calmerge.methods.tsv_m import tsv_m as tsv_m
     from calmerge.pieces.mask import load_masks as load_masks
     from calmerge.suites.suite import load_suite as load_suite
     from calmerge.tasks.base import Task as Task
@@ -65,6 +67,7 @@ _HOME = {
     "calm": "methods.calm",
     "dare": "methods.dare",
     "export": "_save",
+    "iso_c": "methods.iso_c",
     "load_masks": "pieces.mask",
     "load_suite": "suites.suite",
     "materialise": "_task_vectors",
@@ -75,6 +78,7 @@ _HOME = {
     "task_arithmetic": "methods.task_arithmetic",
     "task_vectors": "_task_vectors",
     "ties": "methods.ties",
+    "tsv_m": "methods.tsv_m",
 }
 
 __all__ = sorted(_HOME)

@@ -11,10 +11,12 @@ _HOME = {
     "calm": "methods.calm",
     "dare": "methods.dare",
     "drop_and_rescale": "pieces.drop",
+    "iso_c": "methods.iso_c",
     "task_arithmetic": "methods.task_arithmetic",
     "ties": "methods.ties",
     "ties_split": "methods.ties",
     "trim": "pieces.trim",
+    "tsv_m": "methods.tsv_m",
 }
 
 

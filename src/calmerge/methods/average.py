@@ -2,7 +2,7 @@
 
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
-from calmerge.pieces.blend import summed
+from calmerge.pieces.blend import averaged
 
 
 def average(tvs: TaskVectors) -> Weights:
@@ -20,4 +20,4 @@ def average(tvs: TaskVectors) -> Weights:
 
     Source: Wortsman et al., "Model soups", ICML 2022 (uniform soup); the baseline of every paper of the field.
     """
-    return tvs.reduce(lambda tau, site: summed(tau) / len(tau))
+    return tvs.reduce(lambda tau, site: averaged(tau))

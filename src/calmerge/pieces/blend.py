@@ -20,6 +20,15 @@ def summed(tau: Tensor) -> Tensor:
     return result
 
 
+def averaged(tau: Tensor) -> Tensor:
+    """The mean over tasks, from the sum in the fixed order.
+
+    >>> averaged(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([2., 3.])
+    """
+    return summed(tau) / len(tau)
+
+
 def blend(tvs: TaskVectors, coefficients: Tensor | Callable[[str], Tensor]) -> Weights:
     """One delta, delta(l) = sum_t lambda[t, l] tau_t(l), with gradients flowing to the coefficients.
 

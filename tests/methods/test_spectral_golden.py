@@ -1,0 +1,45 @@
+"""The spectral methods against FusionBench 0.2.33: inputs and outputs stored as plain data (../golden)."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from calmerge import TaskVectors, add, iso_c, task_vectors, tsv_m
+
+FOLDER = Path(__file__).parents[1] / "golden" / "fusion_bench"
+Golden = Callable[[str], tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def inputs(n: int) -> TaskVectors:
+    tensors = load_file(FOLDER / f"inputs_T{n}.safetensors")
+    return task_vectors(part(tensors, "base/"), {str(t): part(tensors, f"expert_{t}/") for t in range(1, n + 1)})
+
+
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        ("tsvm_T3_alpha", partial(tsv_m, scale=0.8)),
+        ("tsvm_T5", tsv_m),
+        ("tsvm_eigen_T3", tsv_m),
+        ("iso_c_T3", partial(iso_c, scale=1.5)),
+        ("iso_c_T5", partial(iso_c, scale=1.5)),
+        ("iso_c_T5", partial(iso_c, scale=1.5, rank="full")),
+    ],
+)
+def test_merges_as_the_reference(case: str, method: Callable[..., Any], golden: Golden) -> None:
+    described, stored = golden(case)
+    tvs = inputs(described["T"])
+    merged = add(tvs.base, method(tvs))
+    assert set(merged) == set(stored)
+    for name, tensor in stored.items():
+        torch.testing.assert_close(merged[name].float(), tensor.float(), **described["tolerance"])

@@ -1,0 +1,142 @@
+"""Singular values, polar factors, and which tensors are matrices."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from calmerge import TaskVectors, UsageError, task_vectors
+from calmerge._random import uniform
+from calmerge.pieces.spectral import by_matrix, full_svd, is_matrix, polar, svd, truncated
+
+near = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
+
+
+def noise(*shape: int, key: object = 0) -> Tensor:
+    return uniform(shape, "spectral", key) - 0.5
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (9, 4), (4, 9), (1, 5), (5, 1), (1, 1)])
+def test_triples_make_the_matrix_with_orthonormal_factors(shape: tuple[int, int]) -> None:
+    matrix = noise(*shape)
+    found = svd(matrix)
+    near(found.product(), matrix.double())
+    near(found.s, torch.linalg.svdvals(matrix.double()))
+    k = min(shape)
+    near(found.u.T @ found.u, torch.eye(k, dtype=torch.float64))
+    near(found.v.T @ found.v, torch.eye(k, dtype=torch.float64))
+
+
+def test_small_singular_values_keep_their_digits() -> None:
+    """A Gram matrix in float32 would lose everything below 3e-4 of the largest."""
+    u, v = svd(noise(6, 6, key=1)).u, svd(noise(6, 6, key=2)).v
+    values = torch.tensor([1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5], dtype=torch.float64)
+    torch.testing.assert_close(svd(u * values @ v.T).s, values, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8)])
+def test_the_null_space_is_left_out(shape: tuple[int, int]) -> None:
+    low = noise(shape[0], 2, key=1) @ noise(2, shape[1], key=2)
+    assert len(svd(low).s) == 2
+    assert len(full_svd(low).s) == 6
+    near(svd(low).product(), low.double())
+    assert len(svd(torch.zeros(shape)).s) == 0
+    assert svd(torch.zeros(shape)).product().tolist() == torch.zeros(shape).tolist()
+
+
+def test_a_rank_keeps_the_largest() -> None:
+    kept = svd(torch.diag(torch.tensor([1.0, 5.0, 3.0])), 2)
+    near(kept.s, torch.tensor([5.0, 3.0], dtype=torch.float64))
+    near(kept.product(), torch.diag(torch.tensor([0.0, 5.0, 3.0])).double())
+    assert truncated(noise(3, 4), 3) is not None
+    whole = noise(3, 4)
+    assert truncated(whole, 3) is whole
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (8, 3), (3, 8)])
+def test_the_polar_factor_is_the_one_of_the_svd(shape: tuple[int, int]) -> None:
+    u, _, vt = torch.linalg.svd(noise(*shape).double(), full_matrices=False)
+    near(polar(noise(*shape)), u @ vt)
+
+
+def test_dependent_columns_share_one_direction_and_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The polar factor is not unique there; a full one would add a direction that no column has."""
+    column = torch.tensor([[0.6], [0.8], [0.0]])
+    with caplog.at_level(logging.INFO):
+        found = polar(torch.cat([column, column], 1), of="fc.weight")
+    near(found, torch.cat([column, column], 1).double() / 2**0.5)
+    assert "fc.weight: 1 of 2 directions depend on the others" in caplog.text
+    near(polar(torch.cat([column, column + 1e-6], 1)), torch.cat([column, column], 1).double() / 2**0.5)
+
+
+def test_isotropic_keeps_the_sum_of_the_singular_values() -> None:
+    flat = svd(noise(5, 8)).isotropic()
+    values = torch.linalg.svdvals(flat)
+    near(values, values.mean().expand(5))
+    near(values.sum(), svd(noise(5, 8)).s.sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "expected"),
+    [
+        ("layers.0.fc.weight", 2, True),
+        ("embeddings.position_embedding.weight", 2, True),
+        ("visual.proj", 2, True),
+        ("layers.0.fc.bias", 1, False),
+        ("patch_embedding.weight", 4, False),
+        ("gain", 0, False),
+        ("text_projection", 2, False),
+        ("model.embed_tokens.weight", 2, False),
+        ("bert.embeddings.word_embeddings.weight", 2, False),
+        ("transformer.wte.weight", 2, False),
+        ("lm_head.weight", 2, False),
+    ],
+)
+def test_which_tensors_are_matrices(name: str, dims: int, expected: bool) -> None:
+    assert is_matrix(name, dims) == expected
+
+
+def mixed() -> TaskVectors:
+    names = {"fc.weight": (6, 2), "embed_tokens.weight": (3, 2), "conv.weight": (2, 2, 1, 1), "bias": (2,), "gain": ()}
+    base = {n: torch.zeros(shape) for n, shape in names.items()}
+    return task_vectors(base, {t: {n: noise(*shape, key=(t, n)) for n, shape in names.items()} for t in "abc"})
+
+
+def test_all_other_tensors_are_averaged() -> None:
+    tvs = mixed()
+    merged = by_matrix(tvs, lambda tau, site: torch.zeros_like(tau[0]))
+    assert merged["fc.weight"].abs().sum() == 0
+    for name in ("embed_tokens.weight", "conv.weight", "bias", "gain"):
+        near(merged[name], tvs[name].mean(0))
+    skipped = by_matrix(tvs, lambda tau, site: torch.zeros_like(tau[0]), skip=["fc.*"])
+    near(skipped["fc.weight"], tvs["fc.weight"].mean(0))
+    assert skipped["embed_tokens.weight"].abs().sum() == 0
+
+
+def test_fused_matrices_can_be_treated_apart() -> None:
+    tvs = mixed()
+
+    def rank_one(tau: Tensor, site: object) -> Tensor:
+        return truncated(tau.sum(0), 1)
+
+    fused, apart = (by_matrix(tvs, rank_one, split=s)["fc.weight"] for s in ([], ["fc.weight"]))
+    assert len(svd(fused).s) == 1
+    assert [len(svd(part).s) for part in apart.chunk(3)] == [1, 1, 1]
+    near(apart[2:4], rank_one(tvs["fc.weight"][:, 2:4], None))
+
+
+def test_patterns_are_checked_at_once() -> None:
+    with pytest.raises(UsageError, match=r"skip: 'fc.wieght' fits no tensor. Did you mean 'fc.weight'"):
+        by_matrix(mixed(), lambda tau, site: tau[0], skip=["fc.wieght"])
+    with pytest.raises(UsageError, match=r"split: 'qkv' fits no tensor"):
+        by_matrix(mixed(), lambda tau, site: tau[0], split=["qkv"])
+    tvs = task_vectors({"qkv.weight": torch.zeros(4, 2)}, {"a": {"qkv.weight": torch.ones(4, 2)}})
+    with pytest.raises(UsageError, match=r"tensor 'qkv.weight' has 4 rows, which cannot be cut into three equal"):
+        by_matrix(tvs, lambda tau, site: tau[0], split=["qkv*"])
+
+
+def test_a_matrix_without_entries_stays_empty() -> None:
+    tvs = task_vectors({"w": torch.zeros(0, 3)}, {"a": {"w": torch.zeros(0, 3)}})
+    assert by_matrix(tvs, lambda tau, site: svd(tau[0]).product())["w"].shape == (0, 3)
