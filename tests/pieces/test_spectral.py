@@ -64,7 +64,7 @@ def test_the_polar_factor_is_the_one_of_the_svd(shape: tuple[int, int]) -> None:
 def test_dependent_columns_share_one_direction_and_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     """The polar factor is not unique there; a full one would add a direction that no column has."""
     column = torch.tensor([[0.6], [0.8], [0.0]])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="calmerge.pieces.spectral"):
         found = polar(torch.cat([column, column], 1), of="fc.weight")
     near(found, torch.cat([column, column], 1).double() / 2**0.5)
     assert "fc.weight: 1 of 2 directions depend on the others" in caplog.text
