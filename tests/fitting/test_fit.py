@@ -12,14 +12,14 @@ from torch.func import functional_call
 
 from calmerge import FitError, Run, StateDict, UsageError, Weights, task_vectors
 from calmerge._weights import Computed
-from calmerge.fitting import entropy, fit, shuffled
+from calmerge.fitting import Pool, entropy, fit, shuffled
 from calmerge.pieces import blend
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 def batches_of(toy: Any) -> Callable:
-    return shuffled({t: torch.arange(30) for t in toy.tvs.tasks}, size=8, count=2)
+    return shuffled({t: Pool(torch.arange(30)) for t in toy.tvs.tasks}, size=8, count=2)
 
 
 def plain_loss(toy: Any, theta: Mapping[str, Tensor], step: int) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from calmerge import UsageError
 from calmerge._random import uniform
-from calmerge.fitting import credible, shuffled
+from calmerge.fitting import Pool, credible, shuffled
 from calmerge.fitting.samplers import entropies
 
 # Two classes; entropies .0402 .0901 .1909 .3653 .5822 .6628 .6735
@@ -65,7 +65,7 @@ def test_pseudo_labels_are_the_argmax_not_the_sign_of_anything_else() -> None:
 
 
 def test_batches_are_the_first_of_one_shuffle() -> None:
-    batches = list(shuffled({"a": torch.arange(10) + 100}, size=4, count=2)(0))
+    batches = list(shuffled({"a": Pool(torch.arange(10) + 100)}, size=4, count=2)(0))
     indices = torch.cat([b.indices for b in batches]).tolist()
     assert [len(b.indices) for b in batches] == [4, 4]
     assert len(set(indices)) == 8
@@ -74,24 +74,24 @@ def test_batches_are_the_first_of_one_shuffle() -> None:
 
 @pytest.mark.parametrize(("n", "sizes"), [(3, [3]), (4, [4]), (5, [4, 1]), (9, [4, 4])])
 def test_a_pool_smaller_than_its_batches_gives_fewer_or_shorter_ones(n: int, sizes: list[int]) -> None:
-    assert [len(b.indices) for b in shuffled({"a": torch.arange(n)}, size=4, count=2)(0)] == sizes
+    assert [len(b.indices) for b in shuffled({"a": Pool(torch.arange(n))}, size=4, count=2)(0)] == sizes
 
 
 def test_fresh_batches_of_a_small_pool_are_as_many_as_asked_for() -> None:
-    batches = list(shuffled({"a": torch.arange(3)}, size=4, count=3, fresh=True)(0))
+    batches = list(shuffled({"a": Pool(torch.arange(3))}, size=4, count=3, fresh=True)(0))
     assert [sorted(b.indices.tolist()) for b in batches] == [[0, 1, 2]] * 3
     assert len({tuple(b.indices.tolist()) for b in batches}) > 1
 
 
 def test_every_update_has_a_shuffle_of_its_own() -> None:
-    batches = shuffled({"a": torch.arange(100)}, size=10, count=1)
+    batches = shuffled({"a": Pool(torch.arange(100))}, size=10, count=1)
     drawn = {tuple(next(batches(step)).indices.tolist()) for step in range(5)}
     assert len(drawn) == 5
 
 
 def test_a_draw_depends_on_seed_task_and_update_alone() -> None:
     """Not on what was drawn before, nor on which other tasks there are: a resumed run sees the same batches."""
-    pools = {"a": torch.arange(50), "b": torch.arange(50)}
+    pools = {"a": Pool(torch.arange(50)), "b": Pool(torch.arange(50))}
     batches = shuffled(pools, size=5, count=1, seed=3)
     first = [b.indices.tolist() for b in batches(7)]
     list(batches(0))
@@ -103,10 +103,10 @@ def test_a_draw_depends_on_seed_task_and_update_alone() -> None:
 
 def test_credible_pools_bring_their_labels_along() -> None:
     pool = credible(LOGITS, ratio=0.5)
-    (batch,) = shuffled({"a": pool}, size=8, count=2)(0)
+    (batch,) = shuffled({"a": pool.pool}, size=8, count=2)(0)
     label = dict(zip([0, 1, 5], [0, 0, 1], strict=True))
     assert batch.targets.tolist() == [label[i] for i in batch.indices.tolist()]
-    (bare,) = shuffled({"a": pool.indices}, size=8, count=2)(0)
+    (bare,) = shuffled({"a": Pool(pool.indices)}, size=8, count=2)(0)
     assert bare.targets is None
 
 

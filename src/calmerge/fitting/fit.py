@@ -1,5 +1,6 @@
 """The one optimisation loop: every method that learns by gradient is a call of `fit`."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -20,11 +21,36 @@ SAVE_EVERY = 20.0  # seconds between two saved states
 
 @dataclass
 class Fitted:
-    """Parameters after the last update, and the loss by task at every update."""
+    """Parameters after the last update (or the best ones, with `Watch`), and what was seen on the way.
+
+    Attributes:
+        params: the parameters.
+        loss: by task, at every update.
+        observed: what `observe` told, at every update.
+        watched: the held-out loss, each time it was looked at.
+        step: how many updates led to `params`.
+    """
 
     params: dict[str, Tensor]
     loss: dict[str, list[float]] = field(default_factory=dict)
     observed: dict[str, list[float]] = field(default_factory=dict)
+    watched: list[float] = field(default_factory=list)
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Stopping by a loss on examples held out of the fit: the best parameters are kept, not the last.
+
+    Args:
+        loss: from weights to the held-out loss.
+        every: updates between two looks; the start is looked at too.
+        patience: looks without a better loss after which the fit ends.
+    """
+
+    loss: Callable[[Mapping[str, Tensor]], float]
+    every: int = 10
+    patience: int = 3
 
 
 def fit(
@@ -37,6 +63,8 @@ def fit(
     steps: int,
     penalty: Callable[[str, Params], Tensor] | None = None,
     observe: Callable[[Params], Mapping[str, float]] | None = None,
+    watch: Watch | None = None,
+    schedule: Callable[[int], float] | None = None,
     run: Run | None = None,
     label: str = "fitting",
     key: str = "",
@@ -62,6 +90,8 @@ def fit(
         penalty: by tensor name, what is added to the loss for it.
         observe: numbers to keep, asked for after every update; and once before the first (of a resumed fit, the next),
             for what it compares with.
+        watch: a held-out loss that decides when to stop and which parameters to keep (one more copy of them).
+        schedule: from the number of an update to what the step size is multiplied by.
         run: where progress is told, and where the state is kept so that an interrupted fit goes on and ends the same.
         label: names the progress bar and the state's file.
         key: describes everything that decides the result; a saved state with another key is refused.
@@ -84,6 +114,7 @@ def fit(
     run = run or Run()
     params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
     optim = optimizer(list(params.values()))
+    rates = [group["lr"] for group in optim.param_groups]
     state = run.folder / f"{label.replace(' ', '-')}.state.pt" if run.folder else None
     fitted, first = Fitted(params), 0
     if state and state.is_file():
@@ -97,14 +128,19 @@ def fit(
         observe(params)
     theta = empty(merged(params), next(iter(params.values())).device)
     saved = time.monotonic()
+    best = _Best(watch, params, fitted) if watch else None
     with run.progress.track(label, steps, "update") as bar:
         bar.advance(first)
         for step in range(first, steps):
             delta = merged(params)
             write(theta, base, delta)
+            if best and best.done(theta, step):
+                break
             losses = gradient(theta, step)
             _pull_back(delta, theta, params, penalty)
             _check(params, step)
+            for group, lr in zip(optim.param_groups, rates, strict=True):
+                group["lr"] = lr * (schedule(step) if schedule else 1.0)
             optim.step()
             optim.zero_grad()
             for task, loss in losses.items():
@@ -115,8 +151,49 @@ def fit(
             if state and (time.monotonic() - saved > SAVE_EVERY or step + 1 == steps):
                 _save(state, key, params, optim, fitted, step + 1)
                 saved = time.monotonic()
-    fitted.params = {name: p.detach() for name, p in params.items()}
+    fitted.params, fitted.step = {name: p.detach() for name, p in params.items()}, steps
+    if best:
+        write(theta, base, merged(fitted.params))
+        best.look(theta, steps)
+        fitted.params, fitted.step = best.params, best.step
     return fitted
+
+
+class _Best:
+    """The parameters with the least held-out loss so far."""
+
+    def __init__(self, watch: Watch, current: Params, fitted: Fitted) -> None:
+        self._watch, self._current, self._fitted = watch, current, fitted
+        self.params = {name: p.detach().clone() for name, p in current.items()}
+        self.loss, self.step, self._waited = float("inf"), 0, 0
+
+    def done(self, theta: Mapping[str, Tensor], step: int) -> bool:
+        """Whether the fit should end; looks every so many updates."""
+        if step % self._watch.every == 0:
+            self.look(theta, step)
+        return self._waited >= self._watch.patience
+
+    def look(self, theta: Mapping[str, Tensor], step: int) -> None:
+        """Compare the held-out loss at `theta` with the best one, and keep the parameters where it is lower."""
+        if self._waited >= self._watch.patience:
+            return
+        loss = self._watch.loss(theta)
+        self._fitted.watched.append(loss)
+        if loss < self.loss:
+            self.loss, self.step, self._waited = loss, step, 0
+            for name, p in self._current.items():
+                self.params[name].copy_(p.detach())
+        else:
+            self._waited += 1
+
+
+def cosine(steps: int) -> Callable[[int], float]:
+    """A schedule that falls from 1 to 0 along half a cosine over `steps` updates.
+
+    >>> [round(cosine(4)(step), 2) for step in range(4)]
+    [1.0, 0.85, 0.5, 0.15]
+    """
+    return lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def empty(weights: Weights, device: torch.device) -> dict[str, Tensor]:

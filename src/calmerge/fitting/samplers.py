@@ -15,6 +15,34 @@ Sampling = Literal["class_balanced", "plain", "all"]
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Examples of one task with what they should come out as.
+
+    Attributes:
+        indices: which examples of the task's pool, [n].
+        targets: a label, logits or features for each of them, [n, ...]; None for objectives without targets.
+    """
+
+    indices: Tensor
+    targets: Tensor | None = None
+
+    def split(self, share: float, *key: object) -> "tuple[Pool, Pool]":
+        """Two parts: a share `1 - share` to learn from, and `share` held out (at least one example where `share` > 0).
+
+        >>> learn, held = Pool(torch.arange(10)).split(0.2, 0, "cars")
+        >>> len(learn.indices), len(held.indices)
+        (8, 2)
+        """
+        order = permutation(len(self.indices), *key, "held out")
+        n = max(1, round(share * len(order))) if share > 0 else 0
+        held, learn = order[:n].sort().values, order[n:].sort().values
+        return self._at(learn), self._at(held)
+
+    def _at(self, chosen: Tensor) -> "Pool":
+        return Pool(self.indices[chosen], None if self.targets is None else self.targets[chosen])
+
+
+@dataclass(frozen=True)
 class Credible:
     """Examples of one pool with the labels that the task's expert gives them.
 
@@ -27,6 +55,11 @@ class Credible:
     indices: Tensor
     labels: Tensor
     coverage: Tensor
+
+    @property
+    def pool(self) -> Pool:
+        """The examples with their pseudo-labels as targets."""
+        return Pool(self.indices, self.labels)
 
 
 def entropies(logits: Tensor) -> Tensor:
@@ -77,7 +110,7 @@ def credible(logits: Tensor, *, ratio: KeepFraction = 0.9, sampling: Sampling = 
 
 
 def shuffled(
-    pools: Mapping[str, Tensor | Credible],
+    pools: Mapping[str, Pool],
     *,
     size: int,
     count: int,
@@ -87,26 +120,26 @@ def shuffled(
     """For every update and task, the first `count` batches of a new shuffle of the task's pool.
 
     Args:
-        pools: by task, credible examples, or bare indices without targets.
+        pools: by task, which examples, and what they should come out as.
         size: examples per batch; the last batch of a small pool is shorter.
         count: batches per task and update; fewer where the pool has fewer.
         fresh: draw every batch from a shuffle of its own, so that a small pool still gives `count` batches.
         seed: with the task's name and the number of the update it decides the shuffle.
 
-    >>> batches = shuffled({"cars": torch.arange(5)}, size=3, count=2)
+    >>> batches = shuffled({"cars": Pool(torch.arange(5))}, size=3, count=2)
     >>> [len(batch.indices) for batch in batches(0)]
     [3, 2]
     """
 
     def of(step: int) -> Iterator[Batch]:
         for task, pool in pools.items():
-            indices = pool.indices if isinstance(pool, Credible) else pool
+            n = len(pool.indices)
             for b in range(count):
                 if fresh:
-                    picked = permutation(len(indices), seed, "batch", task, step, b)[:size]
+                    picked = permutation(n, seed, "batch", task, step, b)[:size]
                 else:
-                    picked = permutation(len(indices), seed, "batch", task, step)[b * size : (b + 1) * size]
+                    picked = permutation(n, seed, "batch", task, step)[b * size : (b + 1) * size]
                 if len(picked):
-                    yield Batch(task, indices[picked], pool.labels[picked] if isinstance(pool, Credible) else None)
+                    yield Batch(task, pool.indices[picked], None if pool.targets is None else pool.targets[picked])
 
     return of

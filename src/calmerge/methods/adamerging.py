@@ -15,7 +15,7 @@ from calmerge._task_vectors import TaskVectors, materialise
 from calmerge._weights import Weights
 from calmerge.fitting.fit import Params, fit
 from calmerge.fitting.objectives import entropy
-from calmerge.fitting.samplers import shuffled
+from calmerge.fitting.samplers import Pool, shuffled
 from calmerge.methods.ties import ties_split
 from calmerge.pieces.blend import blend
 from calmerge.report.traces import Coefficients, FitTrace
@@ -87,7 +87,7 @@ def adamerging(
 
         return blend(tvs, used)
 
-    pools = {t: torch.arange(len(tasks.split(t, "pool"))) for t in tvs.tasks}
+    pools = {t: Pool(torch.arange(len(tasks.split(t, "pool")))) for t in tvs.tasks}
     settings = [per, init, clamp, lr, batch, batches, seed, tvs.tasks]
     fitted = fit(
         merged,

@@ -2,14 +2,9 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
-
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from calmerge._errors import DataError, UsageError, did_you_mean
 from calmerge._run import Run
@@ -29,6 +24,7 @@ from calmerge._weights import Weights
 from calmerge.fitting.fit import empty, write
 from calmerge.fitting.masks import Regulariser, Search, consensus_mask
 from calmerge.fitting.samplers import Credible, Sampling, credible, shuffled
+from calmerge.fitting.targets import expert_logits
 from calmerge.methods.task_arithmetic import task_arithmetic
 from calmerge.pieces.mask import save_masks
 from calmerge.report.traces import CalmTrace, Coverage
@@ -135,7 +131,7 @@ def calm(
         draw = (
             order(stage)
             if order
-            else shuffled({t: pools[t] for t in seen}, size=batch, count=batches, seed=f"{seed} stage {stage}")
+            else shuffled({t: pools[t].pool for t in seen}, size=batch, count=batches, seed=f"{seed} stage {stage}")
         )
         tau_u, mask, record = consensus_mask(
             tau_u, tvs.of(task), tvs.base, tasks, seen, draw, search, run=run.within(f"stage-{stage + 1}"), key=key
@@ -162,7 +158,7 @@ def credible_pools(
     pools = {}
     with run.progress.track("pseudo-labels", len(tvs.tasks), "task") as bar:
         for task in tvs.tasks:
-            pools[task] = credible(_expert_logits(tvs, tasks, task, run), ratio=ratio, sampling=sampling)
+            pools[task] = credible(expert_logits(tvs, tasks, task, run), ratio=ratio, sampling=sampling)
             if not len(pools[task].indices):
                 raise DataError(
                     f"task '{task}': no class keeps an example at ratio {ratio}, of a pool of "
@@ -235,28 +231,6 @@ def _start(plan: list[list[str]], *, paired: bool) -> tuple[list[str], list[str]
     if paired and len(plan[0]) == 2:
         return plan[0][:1], plan[0][1:] + later
     return plan[0], later
-
-
-def _expert_logits(tvs: TaskVectors, tasks: Tasks, task: str, run: Run) -> Tensor:
-    file = run.folder / f"logits-{task}.safetensors" if run.folder else None
-    key = f"{tvs.experts[task].fingerprint} {len(tasks.split(task, 'pool'))}"
-    if file and file.is_file():
-        return _kept_logits(file, key)
-    logits = tasks.logits(tvs.expert(task), task)
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({"logits": logits}, partial, metadata={"key": key})
-        os.replace(partial, file)
-    return logits
-
-
-def _kept_logits(file: Path, key: str) -> Tensor:
-    with safe_open(file, framework="pt") as f:
-        if (f.metadata() or {}).get("key") != key:
-            raise UsageError(f"{file.parent} holds the state of another run. Name another folder, or delete this one.")
-        logits: Tensor = f.get_tensor("logits")
-    return logits
 
 
 def _coverage(pools: Mapping[str, Credible], tasks: Tasks) -> dict[str, dict[str, Coverage]]:

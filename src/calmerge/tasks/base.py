@@ -1,6 +1,6 @@
 """A model and its tasks: the only door through which methods reach data."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -54,6 +54,20 @@ class Task:
     transductive: bool = False
 
 
+class Outputs(NamedTuple):
+    """What a model gives for n inputs: class scores [n, classes], and the features [n, ...] that the head was given."""
+
+    logits: Tensor
+    features: Tensor
+
+
+class FeatureModel(Model, Protocol):
+    """A model that also tells what its heads are given."""
+
+    def outputs(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Outputs:
+        """Logits and features, both differentiable in the weights."""
+
+
 class Batch(NamedTuple):
     """Which examples of which task's pool go through the model together, and what they should come out as."""
 
@@ -65,8 +79,8 @@ class Batch(NamedTuple):
 Batches = Callable[[int], Iterator[Batch]]
 """From the number of an update to its batches: a function, so that a resumed run sees what it would have seen."""
 
-Objective = Callable[[Tensor, Tensor | None], Tensor]
-"""From logits [n, classes] and targets [n] to one loss."""
+Objective = Callable[[Any, Any], Tensor]
+"""From logits [n, classes] (or `Outputs`, where features are asked for) and targets [n, ...] to one loss."""
 
 Gradient = Callable[[Mapping[str, Tensor], int], dict[str, float]]
 """From weights and the number of an update to the loss by task; dLoss/dtheta is added to each tensor's `.grad`."""
@@ -130,17 +144,35 @@ class Tasks(Mapping[str, Task]):
 
     def logits(self, weights: Mapping[str, Tensor], task: str, split: Split = "pool") -> Tensor:
         """The model's class scores for every example of a split: [n, classes], float32, in the split's order."""
+        return torch.cat([found.cpu() for found in self._over(weights, task, split, features=False)])
+
+    def features(self, weights: Mapping[str, Tensor], task: str, split: Split = "pool") -> Tensor:
+        """What the task's head is given for every example of a split: [n, ...], float32, in the split's order."""
+        return torch.cat([found.features.cpu() for found in self._over(weights, task, split, features=True)])
+
+    def _over(self, weights: Mapping[str, Tensor], task: str, split: Split, *, features: bool) -> Iterator[Any]:
         weights = {name: w.to(self.device) for name, w in weights.items()}
         examples = self.split(task, split)
         with torch.no_grad():
-            parts = [
-                self._forward(weights, examples.batch(torch.arange(i, min(i + self.batch, len(examples))))[0], task)
-                for i in range(0, len(examples), self.batch)
-            ]
-        return torch.cat(parts).float().cpu()
+            for i in range(0, len(examples), self.batch):
+                inputs, _ = examples.batch(torch.arange(i, min(i + self.batch, len(examples))))
+                yield self._outputs(weights, inputs, task, features)
 
-    def gradient(self, objective: Objective, batches: Batches) -> Gradient:
+    def gradient(
+        self,
+        objective: Objective,
+        batches: Batches,
+        *,
+        features: bool = False,
+        scale: Mapping[str, float] | None = None,
+    ) -> Gradient:
         """The gradient of the summed `objective` over the batches of an update, with respect to the weights.
+
+        Args:
+            objective: from what the model gives and the batch's targets to a loss.
+            batches: the batches of every update.
+            features: hand the objective `Outputs` instead of logits.
+            scale: by task, what its loss is multiplied by before the gradient is taken; losses are told unscaled.
 
         Raises (when called):
             FitError: a loss is not finite; the task and the update are named.
@@ -152,7 +184,7 @@ class Tasks(Mapping[str, Task]):
             for task, indices, targets in batches(step):
                 inputs, _ = self.split(task, "pool").batch(indices)
                 targets = None if targets is None else targets.to(self.device)
-                loss = objective(self._forward(theta, inputs, task).float(), targets)
+                loss = objective(self._outputs(theta, inputs, task, features), targets)
                 value = loss.item()
                 if value != value or abs(value) == float("inf"):
                     raise FitError(
@@ -164,11 +196,26 @@ class Tasks(Mapping[str, Task]):
                         f"task '{task}': its loss depends on none of the merged tensors ('{next(iter(theta))}', ...). "
                         "Does the model know them by these names?"
                     )
-                loss.backward()  # type: ignore[no-untyped-call]
+                (loss if scale is None else loss * scale[task]).backward()  # type: ignore[no-untyped-call]
                 losses[task] = losses.get(task, 0.0) + value
             return losses
 
         return at
+
+    def loss(
+        self, objective: Objective, weights: Mapping[str, Tensor], batches: Iterable[Batch], *, features: bool = False
+    ) -> dict[str, float]:
+        """The mean `objective` by task over some batches, each weighted by its number of examples; no gradient."""
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        with torch.no_grad():
+            for task, indices, targets in batches:
+                inputs, _ = self.split(task, "pool").batch(indices)
+                targets = None if targets is None else targets.to(self.device)
+                value = objective(self._outputs(weights, inputs, task, features), targets).item()
+                sums[task] = sums.get(task, 0.0) + value * len(indices)
+                counts[task] = counts.get(task, 0) + len(indices)
+        return {task: value / counts[task] for task, value in sums.items()}
 
     def evaluate(
         self, weights: Mapping[str, Tensor], split: Split = "test", *, run: Run | None = None
@@ -217,9 +264,26 @@ class Tasks(Mapping[str, Task]):
             raise DataError(f"task '{task}': {split} has no labels, so no accuracy can be told.")
         return torch.cat([p for p in parts if p is not None])
 
+    def _outputs(self, weights: Mapping[str, Tensor], inputs: Any, task: str, features: bool) -> Any:
+        """Logits, or logits and features, in float32."""
+        if not features:
+            return self._forward(weights, inputs, task).float()
+        if not hasattr(self.model, "outputs"):
+            raise DataError(
+                f"{type(self.model).__name__} does not tell the features that its heads are given, which this "
+                "objective needs. Give it a method outputs(weights, inputs, task)."
+            )
+        with self._autocast():
+            found = self.model.outputs(weights, _moved(inputs, self.device), task)
+        return Outputs(found.logits.float(), found.features.float())
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        )
+
     def _forward(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Tensor:
-        kind = self.device.type
-        with torch.autocast(kind, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        with self._autocast():
             return self.model.logits(weights, _moved(inputs, self.device), task)
 
 

@@ -1,6 +1,7 @@
 """Hugging Face classifiers as one model of several tasks, and suites opened as task vectors and tasks."""
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from calmerge._checkpoint import Checkpoint
 from calmerge._errors import CheckpointError, DataError
 from calmerge._run import Run
 from calmerge._task_vectors import TaskVectors, own_names, task_vectors
-from calmerge.tasks.base import Task, Tasks
+from calmerge.tasks.base import Outputs, Task, Tasks
 from calmerge.tasks.data import read_examples
 
 if TYPE_CHECKING:
@@ -61,13 +62,24 @@ class HuggingFaceModel:
             _check_head(task, head, len(classes[task]))
         self._empty(tvs)
         self._module.to(device)
+        self._given: list[Tensor] = []
+        self._head_module().register_forward_pre_hook(lambda module, args: self._given.append(args[0]))
 
     def logits(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Tensor:
         """Class scores [n, classes]."""
+        return self.outputs(weights, inputs, task).logits
+
+    def outputs(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Outputs:
+        """Class scores, and what the head's module is given."""
         named = {self._names[name]: w for name, w in weights.items() if name in self._names}
         output = functional_call(self._module, named | self._heads[task], (), dict(inputs))
-        logits: Tensor = getattr(output, "logits", output)
-        return logits
+        return Outputs(getattr(output, "logits", output), self._given.pop())
+
+    def _head_module(self) -> torch.nn.Module:
+        """The innermost module that holds all tensors of a head."""
+        paths = [name.split(".")[:-1] for name in next(iter(self._heads.values()))]
+        shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        return self._module.get_submodule(".".join(parts[0] for parts in shared))
 
     def _own(self, name: str) -> str:
         return name if name.startswith("head.") else self._prefix + name

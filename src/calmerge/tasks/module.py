@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from calmerge._errors import DataError
+from calmerge.tasks.base import Outputs
 
 Head = Callable[[Tensor], Tensor]
 
@@ -53,6 +54,14 @@ class ModuleModel:
         Raises:
             DataError: the task has no head, or the module has none of the weights.
         """
+        return self.outputs(weights, inputs, task).logits
+
+    def outputs(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Outputs:
+        """Class scores, and what the module gives to the head.
+
+        Raises:
+            DataError: the task has no head, or the module has none of the weights.
+        """
         args, kwargs = _arguments(inputs)
         known = {name: w for name, w in weights.items() if name in self._names}
         if weights and not known:
@@ -63,10 +72,10 @@ class ModuleModel:
         output = functional_call(self._module, known, args, kwargs)
         features: Tensor = getattr(output, "logits", output)
         if self._heads is None:
-            return features
+            return Outputs(features, features)
         if task not in self._heads:
             raise DataError(f"task '{task}' has no head; heads are given for {', '.join(self._heads)}.")
-        return self._heads[task](features)
+        return Outputs(self._heads[task](features), features)
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
