@@ -98,7 +98,9 @@ def fit_jointly(
         key=key,
     )
     run.trace[label] = FitTrace(
-        loss=[sum(step) for step in zip(*fitted.loss.values(), strict=True)], per_task=fitted.loss
+        loss=[sum(step) for step in zip(*fitted.loss.values(), strict=True)],
+        per_task=fitted.loss,
+        held_out=fitted.watched,
     )
     return materialise(parametrisation.merged(fitted.params))
 

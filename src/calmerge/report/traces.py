@@ -136,7 +136,8 @@ class Coefficients(Record):
 
 
 class FitTrace(Record):
-    """What a method fitted by gradient recorded: its loss at every step, and the coefficients it learned.
+    """What a method fitted by gradient recorded: its loss at every step (and on held-out examples, each time these
+    were looked at), and the coefficients it learned.
 
     >>> FitTrace(loss=[2.0, 1.5]).loss[-1]
     1.5
@@ -144,6 +145,7 @@ class FitTrace(Record):
 
     kind: Literal["fit"] = "fit"
     loss: list[float]
+    held_out: list[float] = Field(default_factory=list)
     per_task: dict[str, list[float]] | None = None
     coefficients: Coefficients | None = None
 

@@ -1,0 +1,330 @@
+"""The experiments that decide the flagship: cells of a factorial design, run one by one, kept, and summed up.
+
+    python bench/flagship.py run SUITE DESIGN --out docs/experiments     # goes on where it was interrupted
+    python bench/flagship.py report --out docs/experiments               # tables and effects of all finished cells
+
+A cell is a start x an objective x a parametrisation x a schedule on one suite with one seed. Methods see the unlabelled
+pools alone; every figure of a design stands on the *validation* split, so that test is left for the league. DESIGN is
+one of the functions below: `pilot` (step sizes, by the held-out label-free loss), `factorial`, `pool`, `order`,
+`experts`, `heads`.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import calmerge as cm
+from calmerge._task_vectors import materialise
+from calmerge._weights import StateDict
+from calmerge.fitting import Pool, credible, entropy, expert_kl, feature_distance, pseudo_label
+from calmerge.fitting.joint import Schedule, fit_jointly
+from calmerge.fitting.parametrise import (
+    Parametrisation,
+    element_coefficients,
+    element_masks,
+    layer_coefficients,
+    offset,
+    reach,
+    span,
+)
+from calmerge.fitting.targets import expert_logits
+from calmerge.tasks.base import Outputs
+
+STARTS: Mapping[str, Callable[[cm.TaskVectors], cm.Weights]] = {
+    "ta": partial(cm.task_arithmetic, scale=0.3),
+    "average": cm.average,
+}
+LR = {"layers": 1e-2, "elements": 3e-2, "masks": 0.3, "span": 1e-2, "offset": 1e-4}
+"""Step sizes of Adam by parametrisation; see the design `pilot`."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    suite: str
+    start: str
+    objective: str
+    parametrisation: str
+    schedule: str = "joint"
+    seed: int = 0
+    steps: int = 60
+    batch: int = 16
+    pool: int = 256
+    lr: float | None = None
+    balance: bool = True
+    hold_out: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """Names the cell's file."""
+        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+class Bench:
+    """A suite opened once, with its experts' scores, and what the cells share."""
+
+    def __init__(self, suite: str, out: Path) -> None:
+        from calmerge.suites.prepare import prepare
+        from calmerge.suites.suite import load_suite
+
+        loaded = load_suite(suite)
+        prepare(loaded)
+        self.suite, self.out = suite, out
+        self.tvs, self.tasks = cm.open_suite(loaded)
+        self._targets: dict[tuple[str, str], Tensor] = {}
+        self.experts = self._kept("experts", self._experts)
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """The record of a cell, from its file where it is there."""
+        return self._kept(cell.key, lambda: {"cell": asdict(cell), **self._run(cell)})
+
+    def evaluate(self, delta: cm.Weights) -> dict[str, float]:
+        """Validation accuracy by task."""
+        theta = {name: self.tvs.base.read(name).float() + delta.read(name).detach() for name in self.tvs}
+        return {task: score.accuracy for task, score in self.tasks.evaluate(theta, "validation").items()}
+
+    def start(self, name: str, tvs: cm.TaskVectors) -> StateDict:
+        """A start merge of some tasks, kept on disk."""
+        file = self.out / "starts" / f"{self.suite}-{name}-{'-'.join(tvs.tasks)}.safetensors"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({n: w.contiguous() for n, w in materialise(STARTS[name](tvs)).items()}, file)
+        kept = load_file(file)
+        return StateDict({n: kept[n] for n in tvs})
+
+    def pools(self, cell: Cell, names: Sequence[str]) -> dict[str, Pool]:
+        """The first `pool` examples of every pool, with the targets that the objective wants."""
+        pools = {}
+        for task in names:
+            logits = self._target("logits", task)[: cell.pool]
+            pool = Pool(torch.arange(len(logits)), logits)
+            if cell.objective == "hard":
+                pool = credible(logits).pool
+            elif cell.objective == "features":
+                features = self._target("features", task)[: cell.pool].flatten(1)
+                pool = Pool(pool.indices, torch.cat([logits, features], 1))
+            pools[task] = pool
+        return pools
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        started = time.perf_counter()
+        run = cm.Run()
+        delta = self._joint(cell, run) if cell.schedule == "joint" else self._sequential(cell, run)
+        seconds = time.perf_counter() - started
+        accuracy = self.evaluate(delta)
+        shares = {task: 100 * accuracy[task] / self.experts["accuracy"][task] for task in accuracy}
+        return {
+            "accuracy": accuracy,
+            "normalised": sum(shares.values()) / len(shares),
+            "worst": min(shares.values()),
+            "seconds": seconds,
+            "loss": run.trace["fit"].loss if "fit" in run.trace else [],
+            "held_out": min(run.trace["fit"].held_out, default=float("nan")) if "fit" in run.trace else float("nan"),
+        }
+
+    def _joint(self, cell: Cell, run: cm.Run) -> cm.Weights:
+        return self._fit(cell, self.start(cell.start, self.tvs), self.tvs, self.tvs.tasks, cell.steps, run)
+
+    def _sequential(self, cell: Cell, run: cm.Run) -> cm.Weights:
+        """As in CALM: all but two tasks at once, then one at a time against all seen; the updates are shared out."""
+        first, later = self.tvs.tasks[:-2], self.tvs.tasks[-2:]
+        delta = self.start(cell.start, self.tvs.only(first))
+        seen = list(first)
+        for task in later:
+            seen.append(task)
+            delta = self._fit(cell, delta, self.tvs.only([task]), seen, cell.steps // len(later), run)
+        return delta
+
+    def _fit(
+        self, cell: Cell, start: StateDict, tvs: cm.TaskVectors, seen: Sequence[str], steps: int, run: cm.Run
+    ) -> StateDict:
+        if steps == 0 or cell.objective == "none":
+            return start
+        objective = {"entropy": entropy, "hard": pseudo_label, "kl": expert_kl, "features": _kl_and_features}
+        fitted = fit_jointly(
+            _parametrisation(cell.parametrisation, start, tvs),
+            objective[cell.objective],
+            self.pools(cell, seen),
+            Schedule(steps, cell.lr or LR[cell.parametrisation], cell.batch, cell.balance, cell.hold_out, cell.seed),
+            tvs=self.tvs,
+            tasks=self.tasks,
+            features=cell.objective == "features",
+            run=run,
+            label="fit",
+            key=cell.key,
+        )
+        return fitted
+
+    def _target(self, kind: str, task: str) -> Tensor:
+        if (kind, task) not in self._targets:
+            weights = self.tvs.expert(task)
+            self._targets[kind, task] = (
+                expert_logits(self.tvs, self.tasks, task) if kind == "logits" else self.tasks.features(weights, task)
+            )
+        return self._targets[kind, task]
+
+    def _experts(self) -> dict[str, Any]:
+        logits = {t: self.tasks.logits(self.tvs.expert(t), t, "validation") for t in self.tvs.tasks}
+        return {"accuracy": {t: self.tasks.score(scores, t, "validation").accuracy for t, scores in logits.items()}}
+
+    def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        file = self.out / "cells" / f"{self.suite}-{name}.json"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.with_suffix(".partial").write_text(json.dumps(make(), indent=1))
+            file.with_suffix(".partial").rename(file)
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+
+def _parametrisation(name: str, start: StateDict, tvs: cm.TaskVectors) -> Parametrisation:
+    if name == "span":
+        return span(start, materialise(reach(tvs)))
+    if name == "offset":
+        return offset(start)
+    return {"layers": layer_coefficients, "elements": element_coefficients, "masks": element_masks}[name](start, tvs)
+
+
+def _kl_and_features(outputs: Outputs, targets: Tensor) -> Tensor:
+    classes = outputs.logits.shape[1]
+    flat = Outputs(outputs.logits, outputs.features.flatten(1))
+    return expert_kl(outputs.logits, targets[:, :classes]) + feature_distance(flat, targets[:, classes:])
+
+
+# Designs -----------------------------------------------------------------------------------------------------------
+
+FACTORS: Mapping[str, tuple[str, ...]] = {
+    "start": ("ta", "average", "tsv_m", "iso_c", "cart", "wudi"),
+    "objective": ("entropy", "hard", "kl", "features"),
+    "parametrisation": ("layers", "masks", "elements", "span", "offset"),
+    "schedule": ("sequential", "joint"),
+}
+
+
+def pilot(suite: str) -> Iterator[Cell]:
+    """Three step sizes for every parametrisation, to be judged by the held-out loss, which needs no label."""
+    for name, lr in LR.items():
+        for factor in (0.3, 1.0, 3.0):
+            yield Cell(suite, "average", "kl", name, lr=round(lr * factor, 7), hold_out=0.2)
+
+
+def factorial(suite: str, *, runs: int = 30, factors: Mapping[str, tuple[str, ...]] | None = None) -> list[Cell]:
+    """A D-optimal fraction of the full factorial for main effects, seeds dealt out in turn.
+
+    Levels stand equally often; coordinate exchange from a fixed random start maximises det(X'X).
+    """
+    factors = factors or FACTORS
+    draw = torch.Generator().manual_seed(0)
+    columns = {
+        name: [levels[i % len(levels)] for i in torch.randperm(runs, generator=draw).tolist()]
+        for name, levels in factors.items()
+    }
+    best = _determinant(columns, factors)
+    improved = True
+    while improved:
+        improved = False
+        for column in columns.values():
+            for i, j in itertools.combinations(range(runs), 2):
+                if column[i] == column[j]:
+                    continue
+                column[i], column[j] = column[j], column[i]
+                found = _determinant(columns, factors)
+                if found > best + 1e-9:
+                    best, improved = found, True
+                else:
+                    column[i], column[j] = column[j], column[i]
+    return [
+        Cell(suite, *(columns[name][i] for name in ("start", "objective", "parametrisation", "schedule")), seed=i % 3)
+        for i in range(runs)
+    ]
+
+
+def references(suite: str) -> Iterator[Cell]:
+    """The starts alone."""
+    for start in FACTORS["start"]:
+        yield Cell(suite, start, "none", "offset", steps=0)
+
+
+def _determinant(columns: Mapping[str, Sequence[str]], factors: Mapping[str, tuple[str, ...]]) -> float:
+    x = _matrix(columns, factors)
+    return float(torch.linalg.slogdet(x.T @ x).logabsdet)
+
+
+def _matrix(columns: Mapping[str, Sequence[str]], factors: Mapping[str, tuple[str, ...]]) -> Tensor:
+    """Columns for the mean and, coded to sum to zero, all levels but the last of every factor: [runs, parameters]."""
+    runs = len(next(iter(columns.values())))
+    x = [torch.ones(runs, dtype=torch.float64)]
+    for name, levels in factors.items():
+        for level in levels[:-1]:
+            x.append(
+                torch.tensor([float(v == level) - float(v == levels[-1]) for v in columns[name]], dtype=torch.float64)
+            )
+    return torch.stack(x, 1)
+
+
+def effects(
+    cells: Sequence[Mapping[str, Any]], measure: str, factors: Mapping[str, tuple[str, ...]]
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """By factor and level, the main effect (difference from the mean of all) and half its 95 % interval."""
+    columns = {name: [cell["cell"][name] for cell in cells] for name in factors}
+    x = _matrix(columns, factors)
+    y = torch.tensor([cell[measure] for cell in cells], dtype=torch.float64)
+    inverse = torch.linalg.inv(x.T @ x)
+    beta = inverse @ x.T @ y
+    degrees = len(cells) - x.shape[1]
+    variance = (y - x @ beta).square().sum() / degrees
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    at = 1
+    for name, levels in factors.items():
+        found[name] = {}
+        for i, level in enumerate(levels):
+            c = torch.zeros(x.shape[1], dtype=torch.float64)
+            c[at : at + len(levels) - 1] = -1.0 if i == len(levels) - 1 else 0.0
+            if i < len(levels) - 1:
+                c[at + i] = 1.0
+            half = t_quantile(degrees) * float((variance * (c @ inverse @ c)).sqrt())
+            found[name][level] = (float(c @ beta), half)
+        at += len(levels) - 1
+    return found
+
+
+def t_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t, by the Cornish-Fisher expansion (error below 0.01 from 5 degrees on)."""
+    z, n = 1.959964, degrees
+    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+
+
+DESIGNS = {"pilot": pilot, "factorial": factorial, "references": references}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite")
+    parser.add_argument("design", choices=DESIGNS)
+    parser.add_argument("--out", type=Path, default=Path("docs/experiments"))
+    args = parser.parse_args()
+    bench = Bench(args.suite, args.out)
+    for cell in DESIGNS[args.design](args.suite):
+        found = bench.run(cell)
+        print(
+            f"{cell.start:8} {cell.objective:9} {cell.parametrisation:9} {cell.schedule:10} seed {cell.seed} "
+            f"lr {cell.lr or LR[cell.parametrisation]:g}: {found['normalised']:.1f} worst {found['worst']:.1f} "
+            f"held out {found['held_out']:.4f} {found['seconds']:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
