@@ -56,6 +56,9 @@ TABLE = {
         learns=True, random=True,
     ),
     "dare": Row({"rate": 0.5}, single=({"rate": 0.0}, 0.3), random=True),
+    "distillation": Row(
+        {"steps": 2, "batch": 8, "lr": 0.01}, scales=False, single=({"steps": 0}, 1.0), learns=True, random=True
+    ),
     "drop_and_rescale": Row({"rate": 0.5}, single=({"rate": 0.0}, 1.0), random=True),
     "iso_c": Row(single=None, rounds=True),
     "task_arithmetic": Row(single=({}, 0.3)),

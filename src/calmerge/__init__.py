@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from calmerge.methods.average import average as average
     from calmerge.methods.calm import calm as calm
     from calmerge.methods.dare import dare as dare
+    from calmerge.methods.distillation import distillation as distillation
     from calmerge.methods.iso_c import iso_c as iso_c
     from calmerge.methods.task_arithmetic import task_arithmetic as task_arithmetic
     from calmerge.methods.ties import ties as ties
@@ -66,6 +67,7 @@ _HOME = {
     "average": "methods.average",
     "calm": "methods.calm",
     "dare": "methods.dare",
+    "distillation": "methods.distillation",
     "export": "_save",
     "iso_c": "methods.iso_c",
     "load_masks": "pieces.mask",

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from calmerge.fitting import entropy, pseudo_label
+from calmerge.fitting import entropy, expert_kl, feature_distance, pseudo_label
+from calmerge.tasks.base import Outputs
 
 
 @pytest.mark.parametrize("classes", [2, 3, 100])
@@ -39,3 +40,21 @@ def test_pseudo_label_is_the_mean_cross_entropy() -> None:
     logits = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     expected = (math.log(2) + math.log(1 + math.exp(1))) / 2
     assert pseudo_label(logits, torch.tensor([0, 1])).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_expert_kl_is_the_divergence_at_a_temperature() -> None:
+    """Expert (3/4, 1/4), model (1/2, 1/2): KL = ln 2 - H(3/4) = 0.1308; at temperature 2 the logits are halved."""
+    z = torch.tensor([[3.0, 1.0]]).log()
+    assert expert_kl(torch.zeros(1, 2), z, temperature=1.0).item() == pytest.approx(0.13081, abs=1e-5)
+    assert expert_kl(torch.zeros(1, 2), 2 * z, temperature=2.0).item() == pytest.approx(4 * 0.13081, abs=1e-4)
+
+
+def test_expert_kl_is_zero_at_the_expert_whatever_is_added_to_its_logits() -> None:
+    z = torch.tensor([[1.0, 2.0, 3.0]])
+    assert expert_kl(z + 5, z).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_feature_distance_is_relative_to_the_expert_s_features() -> None:
+    expert = torch.tensor([[3.0, 4.0]])
+    assert feature_distance(Outputs(torch.zeros(1, 2), torch.zeros(1, 2)), expert).item() == 1.0
+    assert feature_distance(Outputs(torch.zeros(1, 2), torch.tensor([[3.0, 9.0]])), expert).item() == 1.0

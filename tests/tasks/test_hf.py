@@ -63,3 +63,12 @@ def test_an_expert_without_a_head_is_an_error(tiny_suite: Path, tmp_path: Path) 
 
     with pytest.raises(DataError, match="'a': its expert has no head"):
         HuggingFaceModel(tvs, kind="sequence-classifier", classes={"a": ("x", "y")})
+
+
+def test_features_are_what_the_head_is_given(tiny_suite: Path) -> None:
+    """The head is one linear layer: its weights times the features are the logits."""
+    tvs, tasks = open_suite(load_suite(tiny_suite))
+    weights = tvs.expert("shapes")
+    features, logits = tasks.features(weights, "shapes"), tasks.logits(weights, "shapes")
+    head = tvs.heads["shapes"]
+    torch.testing.assert_close(features @ head["classifier.weight"].T + head["classifier.bias"], logits)

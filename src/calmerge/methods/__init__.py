@@ -10,6 +10,7 @@ _HOME = {
     "average": "methods.average",
     "calm": "methods.calm",
     "dare": "methods.dare",
+    "distillation": "methods.distillation",
     "drop_and_rescale": "pieces.drop",
     "iso_c": "methods.iso_c",
     "task_arithmetic": "methods.task_arithmetic",
