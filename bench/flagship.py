@@ -34,7 +34,7 @@ from calmerge.fitting.parametrise import (
     element_coefficients,
     element_masks,
     layer_coefficients,
-    offset,
+    moved,
     reach,
     span,
 )
@@ -193,7 +193,7 @@ def _parametrisation(name: str, start: StateDict, tvs: cm.TaskVectors) -> Parame
     if name == "span":
         return span(start, materialise(reach(tvs)))
     if name == "offset":
-        return offset(start)
+        return span(start, materialise(moved(tvs)))
     return {"layers": layer_coefficients, "elements": element_coefficients, "masks": element_masks}[name](start, tvs)
 
 

@@ -10,7 +10,7 @@ from calmerge import DataError, Run, StateDict, average
 from calmerge._task_vectors import materialise
 from calmerge.fitting import Pool, expert_kl
 from calmerge.fitting.joint import Schedule, fit_jointly
-from calmerge.fitting.parametrise import offset
+from calmerge.fitting.parametrise import moved, span
 from calmerge.fitting.targets import expert_pools
 from calmerge.tasks.base import Batch
 
@@ -22,7 +22,7 @@ def joint(toy: Any, schedule: Schedule, **options: Any) -> StateDict:
     pools = options.pop("pools", None) or expert_pools(tvs, toy.tasks)
     start = materialise(average(tvs))
     return fit_jointly(
-        offset(start), expert_kl, pools, schedule, tvs=tvs, tasks=toy.tasks, label="joint", key="", **options
+        span(start, moved(tvs)), expert_kl, pools, schedule, tvs=tvs, tasks=toy.tasks, label="joint", key="", **options
     )
 
 

@@ -11,7 +11,6 @@ from calmerge.fitting.parametrise import (
     element_coefficients,
     element_masks,
     layer_coefficients,
-    offset,
     reach,
     span,
 )
@@ -30,7 +29,6 @@ def parametrisations() -> dict[str, Parametrisation]:
         "layer_coefficients": layer_coefficients(START, tvs),
         "element_coefficients": element_coefficients(START, tvs),
         "element_masks": element_masks(START, tvs, logit=80.0),
-        "offset": offset(START),
         "span": span(START, reach(tvs)),
     }
 
@@ -89,8 +87,8 @@ def test_span_stops_at_its_limit() -> None:
 
 
 def test_nothing_of_the_size_of_all_experts_is_kept(toy: Any) -> None:
-    """The experts stay lazy: parameters of `span` and `offset` are as many as the merged entries."""
+    """The experts stay lazy: parameters of `span` are as many as the merged entries."""
     tvs = toy.tvs
     start = tvs.of("a")
-    for found in (offset(start), span(start, reach(tvs))):
-        assert sum(p.numel() for p in found.start.values()) == tvs.numel
+    found = span(start, reach(tvs))
+    assert sum(p.numel() for p in found.start.values()) == tvs.numel

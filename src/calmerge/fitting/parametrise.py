@@ -73,19 +73,6 @@ def element_masks(start: Weights, tvs: TaskVectors, *, logit: float = 5.0) -> Pa
     )
 
 
-def offset(start: Weights) -> Parametrisation:
-    """Every weight free: delta = start + u, u = 0. What plain distillation moves.
-
-    >>> from calmerge import StateDict
-    >>> offset(StateDict({"w": torch.ones(1)})).merged({"w": torch.tensor([2.0])})["w"]
-    tensor([3.])
-    """
-    return Parametrisation(
-        {name: torch.zeros(spec.shape) for name, spec in start.specs.items()},
-        lambda params: _whole(lambda s, site: s + params[site.name], start),
-    )
-
-
 def span(start: Weights, reach: Weights, *, limit: float | None = None) -> Parametrisation:
     """One number per entry, in units of how far the experts moved it, on top of a start.
 
@@ -121,6 +108,16 @@ def reach(tvs: TaskVectors) -> Weights:
     tensor([2.])
     """
     return tvs.reduce(lambda tau, site: summed(tau.abs()))
+
+
+def moved(tvs: TaskVectors) -> Weights:
+    """1 where some expert moved an entry, 0 where none did.
+
+    >>> tvs = task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.tensor([0.5, 0.0])}})
+    >>> moved(tvs)["w"]
+    tensor([1., 0.])
+    """
+    return tvs.reduce(lambda tau, site: (tau != 0).any(0).float())
 
 
 def _whole(fn: Callable[..., Tensor], *inputs: Weights) -> Weights:

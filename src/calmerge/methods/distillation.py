@@ -1,4 +1,4 @@
-"""Plain distillation of the experts into a merged model: every weight is free."""
+"""Plain distillation of the experts into a merged model: every weight that an expert moved is free."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from calmerge._task_vectors import Merge, TaskVectors, materialise
 from calmerge._weights import Weights
 from calmerge.fitting.joint import Schedule, fit_jointly
 from calmerge.fitting.objectives import expert_kl
-from calmerge.fitting.parametrise import offset
+from calmerge.fitting.parametrise import moved, span
 from calmerge.fitting.targets import expert_pools
 from calmerge.methods.average import average
 from calmerge.tasks.base import Tasks
@@ -29,8 +29,8 @@ def distillation(
 ) -> Weights:
     """A merge trained on until its predictions are those of every task's own expert: the baseline no paper prints.
 
-    minimise over all weights  sum_t 4 KL(softmax(z_t(x) / 2) || softmax(z(x) / 2))  on unlabelled x of every task,
-    from theta_0 + inner(tau).
+    minimise  sum_t 4 KL(softmax(z_t(x) / 2) || softmax(z(x) / 2))  over the weights that some expert moved, on
+    unlabelled x of every task, from theta_0 + inner(tau).
 
     Args:
         tvs: task vectors of T experts.
@@ -44,7 +44,8 @@ def distillation(
         seed: with the task and the update it decides which inputs are drawn.
         run: progress, resumable state, and the trace.
 
-    Held in memory: theta, its gradient, the start, the change and Adam's two moments: six times the merged tensors.
+    Held in memory: theta, its gradient, the start, which entries may move, the change and Adam's two
+    moments: seven times the merged tensors.
 
     Raises:
         DataError: a task of `tvs` has no pool, or one too small for `hold_out`.
@@ -62,10 +63,10 @@ def distillation(
     tvs = tvs.to(tasks.device)
     start = materialise((inner or average)(tvs))
     return fit_jointly(
-        offset(start),
+        span(start, materialise(moved(tvs))),
         expert_kl,
         expert_pools(tvs, tasks, run=run),
-        Schedule(**options),
+        Schedule(steps, lr, batch, balance, hold_out, seed),
         tvs=tvs,
         tasks=tasks,
         run=run,
