@@ -1,7 +1,7 @@
 """Opening checkpoints: headers at once, tensors when they are asked for."""
 
 import hashlib
-import json
+import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from calmerge._errors import CheckpointError, MissingExtra
 from calmerge._header import Entry, read_header
+from calmerge._shards import check_index, read_index, shard_files
 from calmerge._weights import ALL, Memo, Spec, StateDict, Weights
 
 Source = str | Path | Weights | Mapping[str, Tensor] | nn.Module
@@ -24,6 +25,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
 }  # fmt: skip
+_NO_WEIGHTS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt"}  # of a trainer
 
 
 class Checkpoint(Weights):
@@ -98,7 +100,7 @@ def open_checkpoint(source: Source, *, revision: str | None = None) -> Weights:
     if isinstance(source, Weights):
         return source
     if isinstance(source, nn.Module):
-        return StateDict(_untied(source))
+        return _from_mapping(_untied(source))
     if isinstance(source, Mapping):
         return _from_mapping(source)
     path = Path(source).expanduser()
@@ -134,18 +136,34 @@ def _untied(module: nn.Module) -> dict[str, Tensor]:
 
 def _from_mapping(tensors: Mapping[str, Tensor]) -> StateDict:
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"'{name}' is a {type(tensor).__name__}; a checkpoint holds tensors only.")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            kind = "quantised" if tensor.is_quantized else "without data" if tensor.is_meta else "sparse"
+            raise CheckpointError(f"'{name}' is {kind}; expected a dense tensor of numbers. Save it as one.")
     return StateDict(tensors)
 
 
 def _open_folder(folder: Path, label: str) -> Checkpoint | StateDict:
-    index = folder / "model.safetensors.index.json"
     extra = [f for f in [folder / "head.safetensors"] if f.is_file()]
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        return Checkpoint(_shards(index) + extra, label=label, folder=folder)
-    if (folder / "model.safetensors").is_file():
-        return Checkpoint([folder / "model.safetensors", *extra], label=label, folder=folder)
+        weight_map = read_index(index)
+        files = shard_files(index, weight_map)
+        if whole.is_file() and whole not in files:
+            raise CheckpointError(
+                f"'{label}' holds model.safetensors, and an index that names other files. One of them is left from "
+                "another model; remove it."
+            )
+        checkpoint = Checkpoint(files + extra, label=label, folder=folder)
+        held: dict[str, set[str]] = {file.name: set() for file in files}
+        for name, (number, _) in checkpoint.entries.items():
+            if number < len(files):
+                held[files[number].name].add(name)
+        check_index(index, weight_map, held)
+        return checkpoint
+    if whole.is_file():
+        return Checkpoint([whole, *extra], label=label, folder=folder)
     files = sorted(f for f in folder.glob("*.safetensors") if f not in extra)
     if len(files) == 1:
         return Checkpoint(files + extra, label=label, folder=folder)
@@ -154,43 +172,57 @@ def _open_folder(folder: Path, label: str) -> Checkpoint | StateDict:
             f"'{label}' holds {len(files)} safetensors files and no model.safetensors.index.json that says which "
             "belong together. Name the one file, or save the model again."
         )
-    for pattern in ("pytorch_model.bin", "*.bin", "*.pt"):
-        for file in sorted(folder.glob(pattern)):
-            opened = _open_file(file, label)
-            opened.folder = folder
-            return opened
+    opened = _open_pickled_folder(folder, label)
+    opened.folder = folder
+    return opened
+
+
+def _open_pickled_folder(folder: Path, label: str) -> Checkpoint | StateDict:
+    index = folder / "pytorch_model.bin.index.json"
+    if index.is_file():
+        weight_map = read_index(index)
+        parts = {file.name: _load_tensors(file) for file in shard_files(index, weight_map)}
+        check_index(index, weight_map, parts)
+        return _from_mapping({name: parts[file][name] for name, file in weight_map.items()})
+    if (folder / "pytorch_model.bin").is_file():
+        return _open_file(folder / "pytorch_model.bin", label)
+    for pattern in ("*.bin", "*.pt"):
+        files = sorted(f for f in folder.glob(pattern) if f.name not in _NO_WEIGHTS)
+        if len(files) == 1:
+            return _open_file(files[0], label)
+        if files:
+            raise CheckpointError(
+                f"'{label}' holds {len(files)} {pattern} files and no pytorch_model.bin.index.json that says which "
+                "belong together. Name the one file, or save the model again."
+            )
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"'{label}' holds quantised GGUF files only. Use the original float16 or bfloat16 checkpoint."
+        )
     found = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
     raise CheckpointError(f"'{label}' holds no weights (*.safetensors, *.bin or *.pt); found {found}.")
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = [str(Path(name)) for name in dict.fromkeys(json.loads(index.read_text())["weight_map"].values())]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{index}: not a readable index of shards ({e}).") from None
-    for name in names:
-        file = index.parent / name
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: names '{name}', which lies outside the folder. Refused.")
-        if not file.is_file():
-            raise CheckpointError(f"{index}: names '{name}', which is missing. Download the folder again.")
-    return [index.parent / name for name in names]
 
 
 def _open_file(path: Path, label: str) -> Checkpoint | StateDict:
     if path.suffix not in {".pt", ".pth", ".bin"}:
         return Checkpoint([path], label=label)
+    return _from_mapping(_load_tensors(path))
+
+
+def _load_tensors(path: Path) -> dict[str, Any]:
+    """What a pickle of plain tensors holds; one that asks for anything else is refused, not run."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # the format that torch.save has had since 1.6 can be mapped, the older not
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:
         raise CheckpointError(
-            f"{path}: cannot be loaded as plain tensors ({str(e).splitlines()[0]}). "
+            f"{path}: cannot be loaded as plain tensors ({(str(e).splitlines() or [type(e).__name__])[0]}). "
             "Pickles that run code are refused; save the state dict as safetensors."
         ) from None
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, expected a mapping of tensors.")
-    return _from_mapping(loaded)
+    return loaded
 
 
 def _is_hub_id(source: str) -> bool:

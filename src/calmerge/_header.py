@@ -7,6 +7,7 @@ without holes and without overlaps. Whatever does not fit is one `CheckpointErro
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,6 +112,20 @@ but the file has 73: it is truncated. Download or copy it again.
     return Header(tensors, metadata, size)
 
 
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that stands there a second time.
+
+    >>> repeated(["a", "b", "a"])
+    'a'
+    """
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
 class _Fault(Exception):
     """What is wrong with a header, and what to do."""
 
@@ -150,12 +165,10 @@ def _json(text: bytes) -> dict[str, Any]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    twice = repeated(key for key, _ in pairs)
+    if twice is not None:
         raise _Fault(f"its header names {_quoted(twice)} twice. Save it again.")
-    return found
+    return dict(pairs)
 
 
 def _no_float(text: str) -> None:
