@@ -227,3 +227,19 @@ def test_the_fingerprint_and_the_hash_follow_the_file(tmp_path: Path) -> None:
     assert before.hashes == {"m.safetensors": sha256(file)}
     os.utime(file, ns=(0, 0))
     assert before.fingerprint != first
+
+
+def test_a_pickle_of_the_format_before_1_6_is_opened(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert same(open_checkpoint(tmp_path / "old.pt"))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"\x80\x02]q\x00.", b"PK\3\4" + bytes(60)])
+def test_a_broken_pickle_is_one_clear_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(content)
+    assert str(tmp_path / "model.pt") in refusal(tmp_path / "model.pt")
+
+
+def test_a_tensor_without_data_or_order_is_named() -> None:
+    assert "'weight' is without data" in refusal(nn.Linear(2, 2, device="meta"))
+    assert "'w' is sparse; expected a dense tensor of numbers" in refusal({"w": torch.eye(2).to_sparse()})

@@ -27,7 +27,7 @@ def read_index(index: Path) -> dict[str, str]:
             f"{index}: not a readable index of shards ({type(e).__name__}: {str(e)[:120]}). Download it again."
         ) from None
     for name in dict.fromkeys(found.values()):
-        if Path(name).name != name or "\\" in name or "\0" in name:
+        if name in {"", ".."} or Path(name).name != name or "\\" in name or "\0" in name:
             raise CheckpointError(f"{index}: names {name!r}, which lies outside the folder. Refused.")
     return dict(found)
 
