@@ -44,7 +44,7 @@ def test_all_missing_files_are_named_together(folder: Path) -> None:
 
 
 def test_a_tensor_that_is_in_another_file_than_the_index_says_is_refused(folder: Path) -> None:
-    change(folder, _1="model-00001-of-00003.safetensors", _4="model-00001-of-00003.safetensors")
+    change(folder, _1="model-00001-of-00003.safetensors", _2="model-00001-of-00003.safetensors")
     assert (
         "places tensor 'layers.1.w' in 'model-00001-of-00003.safetensors', which does not hold it; "
         "'model-00002-of-00003.safetensors' does (and 1 more like it). Index and files are of different models"
