@@ -29,6 +29,8 @@ class Row:
         permutes: whether the order of the experts is irrelevant.
         scales: whether c times the task vectors give c times the delta.
         single: by options, how much of a single expert's vector comes out; None where that is no fixed share.
+        single: by options, how much of a single expert's vector comes out; None where one expert is refused.
+        experts: how many the method takes, where it is a fixed number.
         learns: whether it needs data.
         random: whether another seed gives another result.
         rounds: whether order and scale of the experts may change the last bits, as in a factorisation.
@@ -38,6 +40,7 @@ class Row:
     permutes: bool = True
     scales: bool = True
     single: tuple[Mapping[str, Any], float] | None = field(default=({}, 1.0))
+    experts: int = 4
     learns: bool = False
     random: bool = False
     rounds: bool = False
@@ -61,6 +64,10 @@ TABLE = {
     ),
     "drop_and_rescale": Row({"rate": 0.5}, single=({"rate": 0.0}, 1.0), random=True),
     "iso_c": Row(single=None, rounds=True),
+    "mergekit_linear": Row({"weight": [0.5]}, single=({"weight": [2.0]}, 1.0)),
+    "mergekit_task_arithmetic": Row({"weight": [0.5]}, single=({"weight": [0.5]}, 0.5)),
+    "mergekit_ties": Row({"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 1.0)),
+    "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
     "task_arithmetic": Row(single=({}, 0.3)),
     "ties": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "ties_split": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
@@ -69,6 +76,14 @@ TABLE = {
 }  # fmt: skip
 
 methods = pytest.mark.parametrize("name", sorted(TABLE))
+
+
+@pytest.fixture
+def toy(toy: Any, request: pytest.FixtureRequest) -> Any:
+    """As many experts as the method takes, 'b' among them."""
+    kept = sorted(toy.experts, key="badc".index)[: TABLE[request.node.callspec.params["name"]].experts]
+    toy.experts = {task: expert for task, expert in toy.experts.items() if task in kept}
+    return toy
 
 
 def where(declared: str) -> pytest.MarkDecorator:
@@ -164,6 +179,11 @@ def test_the_delta_scales_with_the_task_vectors_where_declared(name: str, toy: A
 def test_a_single_expert_gives_what_is_declared(name: str, toy: Any) -> None:
     options, share = TABLE[name].single or ({}, 0.0)
     toy.experts = {"b": toy.experts["b"]}
+    if TABLE[name].single is None:
+        with pytest.raises(UsageError, match=rf"{name} .* models?, got 1 \(b\)"):
+            result(name, toy.tvs, toy, **TABLE[name].options)
+        return
+    options, share = TABLE[name].single
     tvs = toy.tvs
     delta = result(name, tvs, toy, **options)
     for n in tvs:
@@ -262,7 +282,7 @@ def test_values_out_of_range_are_refused_in_a_plain_call(name: str, toy: Any) ->
     for option in options_of(METHODS[name]).values():
         for bad in mistakes(option.hint):
             with pytest.raises(UsageError, match=rf"\.{option.name} must "):
-                METHODS[name](toy.tvs, **given, **{option.name: bad})
+                METHODS[name](toy.tvs, **given, **(dict(TABLE[name].options) | {option.name: bad}))
 
 
 @methods

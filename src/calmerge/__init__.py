@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from calmerge.methods.dare import dare as dare
     from calmerge.methods.distillation import distillation as distillation
     from calmerge.methods.iso_c import iso_c as iso_c
+    from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.task_arithmetic import task_arithmetic as task_arithmetic
     from calmerge.methods.ties import ties as ties
     from calmerge.methods.tsv_m import tsv_m as tsv_m
@@ -77,6 +78,7 @@ _HOME = {
     "open_checkpoint": "_checkpoint",
     "open_suite": "tasks.hf",
     "save": "_save",
+    "slerp": "methods.slerp",
     "task_arithmetic": "methods.task_arithmetic",
     "task_vectors": "_task_vectors",
     "ties": "methods.ties",

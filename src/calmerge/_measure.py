@@ -103,7 +103,7 @@ def total(weights: Weights, fn: Callable[[Tensor], Tensor]) -> Measure:
     return Measure((weights,), rounds, passes=1)
 
 
-def kth_magnitude(weights: Weights, k: int | Sequence[int]) -> Measure:
+def kth_magnitude(weights: Weights, k: "int | Sequence[int] | Measure") -> Measure:
     """The k-th smallest |w| (k = 1 is the smallest), exact, counted over all tensors together.
 
     Magnitudes of floats order like their bits, so one pass counts the upper half-words and a second one the lower
@@ -111,7 +111,7 @@ def kth_magnitude(weights: Weights, k: int | Sequence[int]) -> Measure:
 
     Args:
         weights: float tensors; of task vectors ([T, ...]) one threshold for each task comes out.
-        k: rank, from 1 to the number of entries; one for all tasks, or one for each.
+        k: rank, from 1 to the number of entries; one for all tasks, or one for each; it may be a measure itself.
 
     Returns:
         A measure: float32, of shape [T] for task vectors and [1] otherwise.
@@ -122,10 +122,13 @@ def kth_magnitude(weights: Weights, k: int | Sequence[int]) -> Measure:
     """
     stacked = getattr(weights, "row_dim", 0)
     n = len(weights.tasks) if stacked else 1  # type: ignore[attr-defined]
-    ranks = torch.tensor([k] * n if isinstance(k, int) else list(k))
+
+    def ranks() -> Tensor:
+        found = k.value() if isinstance(k, Measure) else torch.tensor(k)
+        return found.long().reshape(-1, 1).expand(n, 1).contiguous()
 
     def count(key: Callable[[Tensor], Tensor], bins: int) -> Pass:
-        def counted(block: Tensor, site: Site) -> Tensor:
+        def counted(block: Tensor, *_: object) -> Tensor:
             bits = block.cpu().reshape(n, -1).float().contiguous().view(torch.int32) & 0x7FFFFFFF
             keys = key(bits)  # [n, entries], bins where an entry does not count
             keys = keys + torch.arange(n)[:, None] * (bins + 1)
@@ -137,17 +140,17 @@ def kth_magnitude(weights: Weights, k: int | Sequence[int]) -> Measure:
         if not weights.numel:
             return torch.zeros(n)
         high_counts = (yield count(lambda bits: (bits >> 16).long(), _HALF // 2)).cumsum(1)
-        high = torch.searchsorted(high_counts, ranks[:, None])[:, 0]  # first bin whose running count reaches k
+        high = torch.searchsorted(high_counts, ranks())[:, 0]  # first bin whose running count reaches k
         below = torch.where(high > 0, high_counts.gather(1, (high - 1).clamp(min=0)[:, None])[:, 0], 0)
 
         def inside(bits: Tensor) -> Tensor:
             return torch.where((bits >> 16) == high[:, None], bits & 0xFFFF, _HALF).long()
 
         low_counts = (yield count(inside, _HALF)).cumsum(1)
-        low = torch.searchsorted(low_counts, (ranks - below)[:, None])[:, 0]
+        low = torch.searchsorted(low_counts, ranks() - below[:, None])[:, 0]
         return ((high << 16) | low).to(torch.int32).view(torch.float32)
 
-    return Measure((weights,), rounds, passes=2)
+    return Measure((weights, k) if isinstance(k, Measure) else (weights,), rounds, passes=2)
 
 
 class PerTensor(Number):

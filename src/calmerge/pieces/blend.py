@@ -29,6 +29,16 @@ def averaged(tau: Tensor) -> Tensor:
     return summed(tau) / len(tau)
 
 
+def per_task(values: Tensor, tau: Tensor) -> Tensor:
+    """One number for each task, of the type of the task vectors and shaped to meet each of them.
+
+    >>> per_task(torch.tensor([0.5, 2.0]), torch.ones(2, 1)) * torch.ones(2, 1)
+    tensor([[0.5000],
+            [2.0000]])
+    """
+    return values.to(tau).reshape(-1, *[1] * (tau.dim() - 1))
+
+
 def blend(tvs: TaskVectors, coefficients: Tensor | Callable[[str], Tensor]) -> Weights:
     """One delta, delta(l) = sum_t lambda[t, l] tau_t(l), with gradients flowing to the coefficients.
 
