@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from calmerge import Merge, TaskVectors, UsageError, Weights, task_vectors
+from calmerge._pipe import PROVIDED
 from calmerge._run import Run
-from calmerge._signature import KeepFraction, Seed
+from calmerge._signature import KeepFraction, Seed, options_of
 from calmerge._yaml import parse
 from calmerge.methods import METHODS
 from calmerge.recipe import Recipe, build, load_recipe, missing_inputs, recipe_from_dict
@@ -330,6 +331,8 @@ def test_the_real_methods_are_reached(merge: Any) -> None:
 def test_every_method_of_the_table_can_stand_in_a_recipe() -> None:
     tasks = {name: {"classes": ["x", "y"], "pool": f"{name}.csv"} for name in "ab"}
     for name in METHODS:
-        merge = [name] if name not in ("drop_and_rescale", "trim", "ties_split") else [name, "average"]
+        needed = {o.name: [1.0] if "list" in o.type else 0.5 for o in options_of(METHODS[name]).values() if o.required}
+        step = {name: {k: v for k, v in needed.items() if k not in PROVIDED}}
+        merge = [step] if name not in ("drop_and_rescale", "trim", "ties_split") else [step, "average"]
         data = {**HEAD, "merge": merge, "tasks": tasks, "model": {"kind": "image-classifier"}}
         assert isinstance(recipe_from_dict(data), Recipe)
