@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from calmerge._errors import MissingExtra as MissingExtra
     from calmerge._errors import OutputError as OutputError
     from calmerge._errors import UsageError as UsageError
+    from calmerge._lora import Adapter as Adapter
+    from calmerge._lora import adapted as adapted
     from calmerge._merge import merge as merge
     from calmerge._run import Run as Run
     from calmerge._save import export as export
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from calmerge.tasks.module import ModuleModel as ModuleModel
 
 _HOME = {
+    "Adapter": "_lora",
     "CalmergeError": "_errors",
     "CheckpointError": "_errors",
     "DataError": "_errors",
@@ -64,6 +67,7 @@ _HOME = {
     "Weights": "_weights",
     "adamerging": "methods.adamerging",
     "adamerging_pp": "methods.adamerging",
+    "adapted": "_lora",
     "add": "_weights",
     "average": "methods.average",
     "calm": "methods.calm",

@@ -86,8 +86,9 @@ def open_checkpoint(source: Source, *, revision: str | None = None) -> Weights:
 
     Args:
         source: a safetensors file; a folder with `model.safetensors`, with shards and their index, or with one
-            safetensors file; a `.pt` or `.bin` file of plain tensors (loaded with `weights_only=True`, so no pickled
-            code runs); a hub id such as `google/vit-base`, also as `id@revision`; a mapping of tensors; a module.
+            safetensors file; a PEFT folder (its adapter, which needs a base: see `adapted`); a `.pt` or `.bin` file of
+            plain tensors (loaded with `weights_only=True`, so no pickled code runs); a hub id such as
+            `google/vit-base`, also as `id@revision`; a mapping of tensors; a module.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -104,6 +105,8 @@ def open_checkpoint(source: Source, *, revision: str | None = None) -> Weights:
     if isinstance(source, Mapping):
         return _from_mapping(source)
     path = Path(source).expanduser()
+    if path.is_file() and path.name.startswith("adapter_model.") and (path.parent / "adapter_config.json").is_file():
+        path = path.parent  # factors mean nothing without their scale
     if path.is_dir():
         return _open_folder(path, str(source))
     if path.is_file():
@@ -144,9 +147,11 @@ def _from_mapping(tensors: Mapping[str, Tensor]) -> StateDict:
     return StateDict(tensors)
 
 
-def _open_folder(folder: Path, label: str) -> Checkpoint | StateDict:
+def _open_folder(folder: Path, label: str) -> Weights:
     extra = [f for f in [folder / "head.safetensors"] if f.is_file()]
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if (folder / "adapter_config.json").is_file() and not index.is_file() and not whole.is_file():
+        return _open_adapter(folder, label)
     if index.is_file():
         weight_map = read_index(index)
         files = shard_files(index, weight_map)
@@ -201,6 +206,16 @@ def _open_pickled_folder(folder: Path, label: str) -> Checkpoint | StateDict:
         )
     found = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
     raise CheckpointError(f"'{label}' holds no weights (*.safetensors, *.bin or *.pt); found {found}.")
+
+
+def _open_adapter(folder: Path, label: str) -> Weights:
+    from calmerge._adapter_config import load_config
+    from calmerge._lora import Adapter
+
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            return Adapter(_open_file(folder / name, label), load_config(folder, label))
+    raise CheckpointError(f"'{label}' holds adapter_config.json but no weights; expected adapter_model.safetensors.")
 
 
 def _open_file(path: Path, label: str) -> Checkpoint | StateDict:

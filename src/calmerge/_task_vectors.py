@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from calmerge._align import aligned_names
 from calmerge._checkpoint import Checkpoint, Source, open_checkpoint
 from calmerge._errors import CheckpointError, UsageError, did_you_mean
+from calmerge._lora import Adapted, Adapter, adapted
 from calmerge._weights import ALL, Computed, Memo, Node, Spec, StateDict, Weights, digest, row_size
 
 _TASK = re.compile(r"\w[\w.-]*")
@@ -163,7 +165,8 @@ def task_vectors(
     *Head*: only experts have it, or its first dimension (the classes) differs from the base's; kept per task.
     *Skipped*: integers and booleans, what `exclude` names, and what no expert has; taken from the base.
 
-    Experts whose names carry one more prefix than the base's (`bert.`), or one less, are matched without it.
+    Experts whose names carry one more prefix than the base's (`bert.`), or one less, are matched without it. An adapter
+    (PEFT folder) is an expert like any other: its task vector is s B A, and 0 where it changes nothing.
 
     Args:
         base: what the experts were fine-tuned from; see `open_checkpoint` for what may stand here.
@@ -189,6 +192,8 @@ def task_vectors(
                 "a letter or digit."
             )
     opened_base = open_checkpoint(base)
+    if isinstance(opened_base, Adapter):
+        raise CheckpointError("the base is an adapter; give the full model that it was trained on.")
     opened = {task: _aligned(open_checkpoint(source), opened_base) for task, source in experts.items()}
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in opened_base):
@@ -211,6 +216,8 @@ def task_vectors(
             skipped[name] = "integer tensor"
         elif not having:
             skipped[name] = "in no expert"
+        elif not any(_may_change(w, opened_base, name) for w in opened.values()):
+            skipped[name] = "changed by no adapter"
         elif _is_head(name, spec, having) or any(fnmatchcase(name, p) for p in heads):
             own.add(name)
             skipped[name] = "head, kept per task"
@@ -278,7 +285,10 @@ class _Deltas(Weights):
             base = _finite("the base", name, self._base.read(name, rows).float())
             tau = torch.empty(len(self.experts), *base.shape)
             for t, (task, expert) in enumerate(self.experts):
-                torch.sub(_finite(f"expert '{task}'", name, expert.read(name, rows).float()), base, out=tau[t])
+                if isinstance(expert, Adapted) and expert.base is self._base:
+                    tau[t] = _finite(f"expert '{task}'", name, expert.change(name, rows, base))
+                else:
+                    torch.sub(_finite(f"expert '{task}'", name, expert.read(name, rows).float()), base, out=tau[t])
             memo[key] = tau
         return memo[key]
 
@@ -337,17 +347,17 @@ def _nothing_in_common(base: Weights, experts: Mapping[str, Weights], exclude: S
 
 
 def _aligned(expert: Weights, base: Weights) -> Weights:
-    """The expert under the base's names where these differ by one leading prefix."""
-    shared = sum(n in base.specs for n in expert)
-    for prefix in dict.fromkeys(n.split(".", 1)[0] + "." for n in expert):
-        names = {n.removeprefix(prefix): n for n in expert}
-        if len(names) == len(expert) and sum(n in base.specs for n in names) > shared:
-            return _Renamed(expert, names)
-    for prefix in dict.fromkeys(n.split(".", 1)[0] + "." for n in base):
-        names = {prefix + n if prefix + n in base.specs else n: n for n in expert}
-        if len(names) == len(expert) and sum(n in base.specs for n in names) > shared:
-            return _Renamed(expert, names)
-    return expert
+    """The expert under the base's names; an adapter, put on the base."""
+    if isinstance(expert, Adapter):
+        return adapted(base, expert, dtype=torch.float32)
+    if isinstance(expert, Adapted) and expert.base is base:
+        return expert
+    names = aligned_names(expert, base.specs)
+    return expert if all(new == old for new, old in names.items()) else _Renamed(expert, names)
+
+
+def _may_change(expert: Weights, base: Weights, name: str) -> bool:
+    return not (isinstance(expert, Adapted) and expert.base is base) or name in expert.changed
 
 
 def _renamed(weights: Weights, names: Sequence[str]) -> Weights:
