@@ -39,11 +39,13 @@ from calmerge.fitting.parametrise import (
     span,
 )
 from calmerge.fitting.targets import expert_logits
+from calmerge.methods import METHODS
 from calmerge.tasks.base import Outputs
 
 STARTS: Mapping[str, Callable[[cm.TaskVectors], cm.Weights]] = {
     "ta": partial(cm.task_arithmetic, scale=0.3),
     "average": cm.average,
+    **{name: METHODS[name] for name in ("tsv_m", "iso_c", "cart", "wudi") if name in METHODS},
 }
 LR = {"layers": 1e-2, "elements": 3e-2, "masks": 0.3, "span": 1e-2, "offset": 1e-4}
 """Step sizes of Adam by parametrisation; see the design `pilot`."""
