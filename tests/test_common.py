@@ -68,6 +68,10 @@ TABLE = {
     "mergekit_task_arithmetic": Row({"weight": [0.5]}, single=({"weight": [0.5]}, 0.5)),
     "mergekit_ties": Row({"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 1.0)),
     "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
+    "localize_and_stitch": Row(
+        {"steps": 20, "batch": 8, "share": 0.3}, scales=False, single=None, learns=True, random=True
+    ),
+    "localize_and_stitch_dataless": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "task_arithmetic": Row(single=({}, 0.3)),
     "ties": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "ties_split": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from calmerge.methods.distillation import distillation as distillation
     from calmerge.methods.iso_c import iso_c as iso_c
     from calmerge.methods.slerp import slerp as slerp
+    from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
+    from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
     from calmerge.methods.task_arithmetic import task_arithmetic as task_arithmetic
     from calmerge.methods.ties import ties as ties
     from calmerge.methods.tsv_m import tsv_m as tsv_m
@@ -77,6 +79,8 @@ _HOME = {
     "iso_c": "methods.iso_c",
     "load_masks": "pieces.mask",
     "load_suite": "suites.suite",
+    "localize_and_stitch": "methods.localize_and_stitch",
+    "localize_and_stitch_dataless": "methods.localize_and_stitch",
     "materialise": "_task_vectors",
     "merge": "_merge",
     "open_checkpoint": "_checkpoint",

@@ -17,6 +17,8 @@ _HOME = {
     "mergekit_task_arithmetic": "methods.mergekit_linear",
     "mergekit_ties": "methods.mergekit_ties",
     "slerp": "methods.slerp",
+    "localize_and_stitch": "methods.localize_and_stitch",
+    "localize_and_stitch_dataless": "methods.localize_and_stitch",
     "task_arithmetic": "methods.task_arithmetic",
     "ties": "methods.ties",
     "ties_split": "methods.ties",
