@@ -63,6 +63,13 @@ TABLE = {
         {"steps": 2, "batch": 8, "lr": 0.01}, scales=False, single=({"steps": 0}, 1.0), learns=True, random=True
     ),
     "drop_and_rescale": Row({"rate": 0.5}, single=({"rate": 0.0}, 1.0), random=True),
+    "frank_wolfe": Row(
+        {"steps": 2, "samples": 4}, scales=False, single=({"steps": 0}, 0.3), learns=True, random=True
+    ),
+    "frank_wolfe_soft": Row(
+        {"steps": 2, "samples": 8, "updates": 2, "batch": 4, "lr": 0.05}, permutes=False, scales=False,
+        single=({"steps": 0}, 0.0), learns=True, random=True,
+    ),
     "iso_c": Row(single=None, rounds=True),
     "mergekit_linear": Row({"weight": [0.5]}, single=({"weight": [2.0]}, 1.0)),
     "mergekit_task_arithmetic": Row({"weight": [0.5]}, single=({"weight": [0.5]}, 0.5)),

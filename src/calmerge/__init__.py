@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from calmerge.methods.calm import calm as calm
     from calmerge.methods.dare import dare as dare
     from calmerge.methods.distillation import distillation as distillation
+    from calmerge.methods.frank_wolfe import frank_wolfe as frank_wolfe
+    from calmerge.methods.frank_wolfe import frank_wolfe_soft as frank_wolfe_soft
     from calmerge.methods.iso_c import iso_c as iso_c
-    from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
     from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
+    from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.task_arithmetic import task_arithmetic as task_arithmetic
     from calmerge.methods.ties import ties as ties
     from calmerge.methods.tsv_m import tsv_m as tsv_m
@@ -76,6 +78,8 @@ _HOME = {
     "dare": "methods.dare",
     "distillation": "methods.distillation",
     "export": "_save",
+    "frank_wolfe": "methods.frank_wolfe",
+    "frank_wolfe_soft": "methods.frank_wolfe",
     "iso_c": "methods.iso_c",
     "load_masks": "pieces.mask",
     "load_suite": "suites.suite",

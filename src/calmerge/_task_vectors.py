@@ -97,6 +97,15 @@ class TaskVectors(Weights):
         """
         return self.only([task]).reduce(lambda tau, site: tau[0])
 
+    def over(self, base: Weights) -> "TaskVectors":
+        """The same vectors over another base, such as the model that an iterated merge has come to.
+
+        >>> tvs = task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}})
+        >>> tvs.over(StateDict({"w": torch.full((1,), 5.0)})).base["w"]
+        tensor([5.])
+        """
+        return TaskVectors(self, self.tasks, base, experts=self.experts, heads=self.heads, skipped=self.skipped)
+
     def expert(self, task: str) -> dict[str, Tensor]:
         """One expert's tensors under the base's names, in memory, floating ones in float32; without its head.
 

@@ -12,6 +12,8 @@ _HOME = {
     "dare": "methods.dare",
     "distillation": "methods.distillation",
     "drop_and_rescale": "pieces.drop",
+    "frank_wolfe": "methods.frank_wolfe",
+    "frank_wolfe_soft": "methods.frank_wolfe",
     "iso_c": "methods.iso_c",
     "mergekit_linear": "methods.mergekit_linear",
     "mergekit_task_arithmetic": "methods.mergekit_linear",

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -73,7 +74,30 @@ def adamerging(
     """
     options = {"per": per, "init": init, "clamp": clamp, "steps": steps, "lr": lr, "batch": batch, "batches": batches}
     raise_together(check(adamerging, {"tasks": tasks, **options, "seed": seed}))
-    run = run or Run()
+    return learned_coefficients(
+        tvs, tasks, tvs.tasks, per=per, init=init, clamp=clamp, steps=steps, lr=lr, batch=batch, batches=batches,
+        seed=seed, order=order, run=run or Run(), label="AdaMerging",
+    )  # fmt: skip
+
+
+def learned_coefficients(
+    tvs: TaskVectors,
+    tasks: Tasks,
+    on: Sequence[str],
+    *,
+    per: Literal["tensor", "task"],
+    init: float,
+    clamp: bool,
+    steps: int,
+    lr: float,
+    batch: int,
+    batches: int,
+    seed: object,
+    run: Run,
+    label: str,
+    order: Batches | None = None,
+) -> Weights:
+    """The sum of `tvs` with coefficients of least entropy on the pools of the tasks `on`; see `adamerging`."""
     tvs = tvs.to(tasks.device)
     names, n = list(tvs.specs), len(tvs.tasks)
     column = {name: i for i, name in enumerate(names)}
@@ -87,8 +111,8 @@ def adamerging(
 
         return blend(tvs, used)
 
-    pools = {t: Pool(torch.arange(len(tasks.split(t, "pool")))) for t in tvs.tasks}
-    settings = [per, init, clamp, lr, batch, batches, seed, tvs.tasks]
+    pools = {t: Pool(torch.arange(len(tasks.split(t, "pool")))) for t in on}
+    settings = [per, init, clamp, lr, batch, batches, seed, list(on)]
     fitted = fit(
         merged,
         {"coefficients": torch.full(shape, init, device=tasks.device)},
@@ -97,11 +121,11 @@ def adamerging(
         optimizer=partial(torch.optim.Adam, lr=lr),
         steps=steps,
         run=run,
-        label="AdaMerging",
+        label=label,
         key=json.dumps(settings) + tvs.fingerprint,
     )
     lam = fitted.params["coefficients"]
-    run.trace["adamerging"] = FitTrace(
+    run.trace[label.lower()] = FitTrace(
         loss=[sum(step) for step in zip(*fitted.loss.values(), strict=True)],
         per_task=fitted.loss,
         coefficients=Coefficients(
