@@ -12,8 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from calmerge import CheckpointError, Run, TaskVectors, UsageError, Weights, add, open_checkpoint, save, task_vectors
+from calmerge import (
+    CheckpointError,
+    Merged,
+    Run,
+    TaskVectors,
+    UsageError,
+    Weights,
+    add,
+    open_checkpoint,
+    save,
+    task_arithmetic,
+    task_vectors,
+)
 from calmerge._hints import alternatives, intervals
+from calmerge._pipe import takes_merged
 from calmerge._signature import checked_call, options_of
 from calmerge._weights import ALL, blocks
 from calmerge.methods import METHODS
@@ -58,6 +71,7 @@ TABLE = {
         {"steps": 3, "batch": 8, "sequential": 1}, permutes=False, scales=False, single=({"sequential": 0}, 1.0),
         learns=True, random=True,
     ),
+    "consensus": Row(single=({"k": 1}, 1.0)),
     "dare": Row({"rate": 0.5}, single=({"rate": 0.0}, 0.3), random=True),
     "distillation": Row(
         {"steps": 2, "batch": 8, "lr": 0.01}, scales=False, single=({"steps": 0}, 1.0), learns=True, random=True
@@ -70,15 +84,18 @@ TABLE = {
         {"steps": 2, "samples": 8, "updates": 2, "batch": 4, "lr": 0.05}, permutes=False, scales=False,
         single=({"steps": 0}, 0.0), learns=True, random=True,
     ),
+    "emr": Row(),
     "iso_c": Row(single=None, rounds=True),
     "mergekit_linear": Row({"weight": [0.5]}, single=({"weight": [2.0]}, 1.0)),
     "mergekit_task_arithmetic": Row({"weight": [0.5]}, single=({"weight": [0.5]}, 0.5)),
     "mergekit_ties": Row({"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 1.0)),
-    "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
+    "lines": Row({"beta": 0.5}, single=({"beta": 0.0}, 1.0)),
     "localize_and_stitch": Row(
         {"steps": 20, "batch": 8, "share": 0.3}, scales=False, single=None, learns=True, random=True
     ),
     "localize_and_stitch_dataless": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
+    "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
+    "tall_masks": Row(),
     "task_arithmetic": Row(single=({}, 0.3)),
     "ties": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "ties_split": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
@@ -102,11 +119,20 @@ def where(declared: str) -> pytest.MarkDecorator:
 
 
 def result(name: str, tvs: TaskVectors, toy: Any, **options: Any) -> Weights:
-    """The delta; of pieces that give task vectors, their sum."""
+    """The delta: of pieces that give task vectors their sum, of what works on a merge that of the sum, of b's model."""
     if TABLE[name].learns:
         options = {"tasks": toy.tasks} | options
-    delta = checked_call(METHODS[name], tvs, **options)
-    return delta.reduce(lambda tau, site: tau.sum(0)) if isinstance(delta, TaskVectors) else delta
+    return one_delta(checked_call(METHODS[name], *arguments(name, tvs), **options))
+
+
+def arguments(name: str, tvs: TaskVectors) -> tuple[Any, ...]:
+    return (task_arithmetic(tvs, scale=1.0), tvs) if takes_merged(METHODS[name]) else (tvs,)
+
+
+def one_delta(given: TaskVectors | Merged | Weights) -> Weights:
+    if isinstance(given, TaskVectors):
+        return given.reduce(lambda tau, site: tau.sum(0))
+    return given.for_task("b") if isinstance(given, Merged) else given
 
 
 def merged(name: str, toy: Any, **options: Any) -> dict[str, Tensor]:
@@ -293,7 +319,7 @@ def test_values_out_of_range_are_refused_in_a_plain_call(name: str, toy: Any) ->
     for option in options_of(METHODS[name]).values():
         for bad in mistakes(option.hint):
             with pytest.raises(UsageError, match=rf"\.{option.name} must "):
-                METHODS[name](toy.tvs, **given, **(dict(TABLE[name].options) | {option.name: bad}))
+                METHODS[name](*arguments(name, toy.tvs), **given, **(dict(TABLE[name].options) | {option.name: bad}))
 
 
 @methods
@@ -312,6 +338,8 @@ def test_nan_and_infinity_are_refused_with_tensor_and_task(name: str, bad: float
 def test_a_recipe_is_the_same_call(name: str, toy: Any, tmp_path: Path) -> None:
     """Written as YAML and read again it gives the bytes of the function call."""
     steps: list[Any] = [{name: dict(TABLE[name].options)}]
+    if takes_merged(METHODS[name]):
+        steps.insert(0, {"task_arithmetic": {"scale": 1.0}})
     if METHODS[name].__annotations__["return"] is TaskVectors:
         steps.append({"task_arithmetic": {"scale": 1.0}})
     written: dict[str, Any] = {"base": "./base", "experts": {t: f"./{t}" for t in toy.experts}, "merge": steps}
@@ -326,7 +354,7 @@ def test_a_recipe_is_the_same_call(name: str, toy: Any, tmp_path: Path) -> None:
     for read in (recipe, again):
         assert read.needs_tasks() == TABLE[name].learns
         tvs = toy.tvs
-        delta = build(read)(tvs, toy.tasks if TABLE[name].learns else None, None)
+        delta = one_delta(build(read)(tvs, toy.tasks if TABLE[name].learns else None, None))
         assert {n: bits(add(tvs.base, delta)[n]) for n in delta} == {n: bits(t) for n, t in expected.items()}
 
 
@@ -350,7 +378,7 @@ def test_the_card_is_complete(name: str) -> None:
     assert ">>>" in rest
     source = re.search(r"^Source: (.+?)(?=\n\n|\nDifferences:|\Z)", rest, re.MULTILINE | re.DOTALL)
     assert source, "no 'Source:'"
-    assert re.search(r"(ICLR|ICML|NeurIPS|TMLR|PMLR|CVPR|ICCV|ACL|EMNLP|arXiv)\s+(19|20)\d\d", source[1])
+    assert re.search(r"(ICLR|ICML|NeurIPS|TMLR|PMLR|CVPR|ICCV|ECCV|ACL|EMNLP|arXiv)\s+(19|20)\d\d", source[1])
     arguments = re.search(r"^Args:\n((?:    .*\n|\n)+)", rest, re.MULTILINE)
     assert arguments, "no 'Args:'"
     described = re.findall(r"^    (\w+): ", arguments[1], re.MULTILINE)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from calmerge._lora import Adapter as Adapter
     from calmerge._lora import adapted as adapted
     from calmerge._merge import merge as merge
+    from calmerge._merged import Merged as Merged
+    from calmerge._merged import open_merged as open_merged
     from calmerge._run import Run as Run
     from calmerge._save import export as export
     from calmerge._save import save as save
@@ -40,6 +42,14 @@ if TYPE_CHECKING:
     from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
     from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
     from calmerge.methods.slerp import slerp as slerp
+    from calmerge.methods.emr import emr as emr
+    from calmerge.methods.iso_c import iso_c as iso_c
+    from calmerge.methods.lines import lines as lines
+    from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
+    from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
+    from calmerge.methods.slerp import slerp as slerp
+    from calmerge.methods.tall_masks import consensus as consensus
+    from calmerge.methods.tall_masks import tall_masks as tall_masks
     from calmerge.methods.task_arithmetic import task_arithmetic as task_arithmetic
     from calmerge.methods.ties import ties as ties
     from calmerge.methods.tsv_m import tsv_m as tsv_m
@@ -59,6 +69,7 @@ _HOME = {
     "FitError": "_errors",
     "HuggingFaceModel": "tasks.hf",
     "Merge": "_task_vectors",
+    "Merged": "_merged",
     "MissingExtra": "_errors",
     "ModuleModel": "tasks.module",
     "OutputError": "_errors",
@@ -75,12 +86,15 @@ _HOME = {
     "add": "_weights",
     "average": "methods.average",
     "calm": "methods.calm",
+    "consensus": "methods.tall_masks",
     "dare": "methods.dare",
     "distillation": "methods.distillation",
+    "emr": "methods.emr",
     "export": "_save",
     "frank_wolfe": "methods.frank_wolfe",
     "frank_wolfe_soft": "methods.frank_wolfe",
     "iso_c": "methods.iso_c",
+    "lines": "methods.lines",
     "load_masks": "pieces.mask",
     "load_suite": "suites.suite",
     "localize_and_stitch": "methods.localize_and_stitch",
@@ -88,9 +102,11 @@ _HOME = {
     "materialise": "_task_vectors",
     "merge": "_merge",
     "open_checkpoint": "_checkpoint",
+    "open_merged": "_merged",
     "open_suite": "tasks.hf",
     "save": "_save",
     "slerp": "methods.slerp",
+    "tall_masks": "methods.tall_masks",
     "task_arithmetic": "methods.task_arithmetic",
     "task_vectors": "_task_vectors",
     "ties": "methods.ties",

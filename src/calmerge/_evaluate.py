@@ -3,9 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from calmerge._checkpoint import open_checkpoint
 from calmerge._errors import CheckpointError
+from calmerge._merged import is_patched, open_merged
 from calmerge._run import Run
+from calmerge._task_vectors import materialise
+from calmerge._weights import add
 
 if TYPE_CHECKING:
     from calmerge.report.results import Score
@@ -24,7 +29,8 @@ def evaluate(
     """Scores by task of the model in `folder`, under the heads of the suite's experts.
 
     Args:
-        folder: what `save` wrote, or any checkpoint with the names of the suite's base.
+        folder: what `save` wrote (with patches, every task is scored on the model it has for itself), or any checkpoint
+            with the names of the suite's base.
         suite: tasks, data and heads; what is missing of an embedded suite is fetched or made.
         split: labelled split to score.
         experts: whether to score every expert on its own task too, for a comparison.
@@ -51,7 +57,12 @@ def evaluate(
                 f"'{folder}' is no merge of the experts of suite '{suite.name}': these have a tensor '{name}' of shape "
                 f"{spec.shape}, the folder {found}."
             )
-    scores = {"merged": tasks.evaluate({name: merged.read(name).float() for name in tvs}, split, run=run)}
+    if is_patched(folder):
+        patched = open_merged(folder)
+        own = {t: add(merged.only_names(tvs), patched.for_task(t), dtype=torch.float32) for t in tvs.tasks}
+        scores = {"merged": {t: tasks.score(tasks.logits(materialise(w), t, split), t, split) for t, w in own.items()}}
+    else:
+        scores = {"merged": tasks.evaluate({name: merged.read(name).float() for name in tvs}, split, run=run)}
     if experts:
         scores["experts"] = {t: tasks.score(tasks.logits(tvs.expert(t), t, split), t, split) for t in tvs.tasks}
     return scores

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from calmerge._errors import UsageError, did_you_mean
-from calmerge._pipe import PROVIDED, Methods, gives_task_vectors, needs_tasks, takes_merged
+from calmerge._pipe import PROVIDED, Methods, gives_patches, gives_task_vectors, needs_tasks, takes_merged
 from calmerge._signature import Option, name_of, options_of
 from calmerge._yaml import dump
 
@@ -71,11 +71,15 @@ def summaries(methods: Methods | None = None) -> list[dict[str, str]]:
         {
             "method": name,
             "data": _data(fn),
-            "gives": "task vectors" if gives_task_vectors(fn) else "a model",
+            "gives": _gives(fn),
             "summary": _parts(fn)["summary"],
         }
         for name, fn in methods.items()
     ]
+
+
+def _gives(fn: Callable[..., Any]) -> str:
+    return "task vectors" if gives_task_vectors(fn) else "a model per task" if gives_patches(fn) else "a model"
 
 
 def _methods() -> Methods:

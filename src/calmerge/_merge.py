@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from calmerge._checkpoint import Source
 from calmerge._errors import UsageError, did_you_mean
+from calmerge._merged import Merged
 from calmerge._signature import checked_call
 from calmerge._task_vectors import TaskVectors, materialise, task_vectors
 from calmerge._weights import StateDict, Weights, add
@@ -52,6 +53,11 @@ def merge(
     if isinstance(delta, TaskVectors):
         raise UsageError(
             f"{getattr(fn, '__name__', method)} gives one vector per task; name a method that merges them."
+        )
+    if isinstance(delta, Merged):
+        raise UsageError(
+            f"{getattr(fn, '__name__', method)} gives a model for each task; call it on task_vectors(...) and take "
+            "for_task(name) of what it gives."
         )
     return materialise(add(tvs.base, delta))
 

@@ -88,8 +88,11 @@ def read_pipe(node: Node, problems: list[str]) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def check_pipe(steps: Sequence[Step], methods: Methods, *, has_tasks: bool = True) -> list[str]:
-    """All mistakes in a pipe: names, options, the order of steps, and data that are needed but not there."""
+def check_pipe(steps: Sequence[Step], methods: Methods, *, has_tasks: bool = True, inner: bool = False) -> list[str]:
+    """All mistakes in a pipe: names, options, the order of steps, and data that are needed but not there.
+
+    An `inner` pipe must end in one merge.
+    """
     problems: list[str] = []
     for step in steps:
         if step.name not in methods:
@@ -102,8 +105,8 @@ def check_pipe(steps: Sequence[Step], methods: Methods, *, has_tasks: bool = Tru
         for key, node in step.options.items():
             options[key] = node.plain()
             if key in known and known[key].takes_merge and isinstance(node.value, (str, list, dict)):
-                inner = read_pipe(node, problems)
-                problems += check_pipe(inner, methods, has_tasks=has_tasks)
+                nested = read_pipe(node, problems)
+                problems += check_pipe(nested, methods, has_tasks=has_tasks, inner=True)
                 options[key] = _stand_in
         problems += check(fn, options, lines, name=step.name, provided=PROVIDED)
         if not has_tasks and needs_tasks(fn):
@@ -112,7 +115,7 @@ def check_pipe(steps: Sequence[Step], methods: Methods, *, has_tasks: bool = Tru
                 "or use a method that needs none, such as ties."
             )
     if all(step.name in methods for step in steps):
-        problems += _check_flow(steps, methods)
+        problems += _check_flow(steps, methods, inner=inner)
     return problems
 
 
@@ -163,10 +166,25 @@ def gives_task_vectors(fn: Callable[..., Any]) -> bool:
     return _type_name(hints_of(fn).get("return"), fn, "return") == "TaskVectors"
 
 
-def _check_flow(steps: Sequence[Step], methods: Methods) -> list[str]:
-    problems, merged = [], ""
+def gives_patches(fn: Callable[..., Any]) -> bool:
+    """Whether a function gives a model for each task (`Merged`), so that nothing can follow."""
+    return _type_name(hints_of(fn).get("return"), fn, "return") == "Merged"
+
+
+def _check_flow(steps: Sequence[Step], methods: Methods, *, inner: bool = False) -> list[str]:
+    problems, merged, patched = [], "", ""
     for step in steps:
         fn = methods[step.name]
+        if patched:
+            problems.append(
+                f"{step.where}: {patched} before it gives a model for each task, and {step.name} takes one merge. "
+                f"Put {step.name} into the 'inner' of {patched}, or leave one out."
+            )
+            continue
+        if gives_patches(fn):
+            patched = step.name
+            if inner:
+                problems.append(f"{step.where}: {step.name} gives a model for each task; here one merge is needed.")
         if takes_merged(fn) and not merged:
             problems.append(
                 f"{step.where}: {step.name} works on a finished merge; put a method that merges, such as ties, "

@@ -19,7 +19,6 @@ from calmerge._errors import CheckpointError, OutputError, UsageError
 from calmerge._run import Run
 from calmerge._save import finished_before, hashes, save, versions
 from calmerge._task_vectors import TaskVectors, task_vectors
-from calmerge._weights import Weights
 from calmerge._writer import MANIFEST
 from calmerge.recipe import Recipe, build, missing_inputs
 
@@ -128,7 +127,7 @@ def run_recipe(
     tvs, tasks = _open(recipe, run)
     inner = replace(run, folder=state)
     started = time.perf_counter()
-    delta: Weights = build(recipe)(tvs, tasks, inner)
+    delta = build(recipe)(tvs, tasks, inner)
     report = _report(recipe, tvs, inner, command, seconds=time.perf_counter() - started)
     manifest = save(
         path,

@@ -8,21 +8,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from calmerge._checkpoint import Checkpoint, open_checkpoint, sha256
 from calmerge._errors import CheckpointError, OutputError, UsageError, did_you_mean
 from calmerge._folder import new_folder, resumable_folder
+from calmerge._merged import Merged, is_patched, open_merged, storage, write_merged
 from calmerge._run import Run
 from calmerge._task_vectors import TaskVectors, own_names
-from calmerge._weights import ALL, Memo, Weights, add, digest
+from calmerge._weights import Gathered, Weights, add, digest
 from calmerge._writer import MANIFEST, bytes_of, copy_side_files, write_json, write_weights
 
 
 def save(
     path: str | Path,
     tvs: TaskVectors,
-    delta: Weights,
+    delta: Weights | Merged,
     *,
     dtype: torch.dtype | None = None,
     shard: str | int = "5GB",
@@ -39,13 +39,15 @@ def save(
     The folder holds the backbone (`model.safetensors` or shards with an index), the base's side files, `heads/<task>/`
     with each task's own tensors and configuration (`export` makes full models of them), a model card, and
     `calmerge.json`: recipe, versions, hashes of inputs and outputs, and the tensors that were not merged, with reasons.
+    Of a `Merged`, which has a model for each task, the backbone is the base; `shared/` holds the shared vector in
+    float32, `patches/<task>/` what makes each task's own of it, and `export` adds them up.
     It appears when it is whole. What a killed run had finished is kept beside it, for a run with `resume`.
 
     Args:
         path: a folder that does not exist yet, or is empty.
         tvs: the task vectors that were merged.
         delta: what came out, lazy or not.
-        dtype: floating type of the backbone; the base's when None.
+        dtype: floating type of the merged model; the base's when None. Of a `Merged` it is that of exported models.
         shard: the most bytes that one file holds.
         recipe: what made `delta`, for the manifest.
         card: text of README.md.
@@ -73,14 +75,18 @@ def save(
     if resume and recipe is None:
         raise UsageError("resume needs the recipe: nothing else tells whether a stopped run made the same merge.")
     _check_apart(path, tvs)
-    weights = add(tvs.base, delta, dtype=dtype)
-    need = weights.nbytes + sum(head.nbytes for head in tvs.heads.values())
+    patched = delta if isinstance(delta, Merged) else None
+    vector = delta.shared if isinstance(delta, Merged) else delta
+    weights = tvs.base if patched else add(tvs.base, vector, dtype=dtype)
+    need = weights.nbytes + sum(head.nbytes for head in tvs.heads.values()) + (patched.nbytes if patched else 0)
     key = None if recipe is None else _key(tvs, recipe, weights, shard)
     with resumable_folder(path, need=need, key=key, resume=resume) as (folder, journal):
-        side = copy_side_files(tvs.base, folder, dtype=dtype)
+        side = copy_side_files(tvs.base, folder, dtype=None if patched else dtype)
         files = write_weights(
             folder, weights, shard=shard, chunk=chunk, threads=threads, run=run, journal=journal
         )  # fmt: skip
+        if patched:
+            files |= write_merged(folder, patched, shard=shard, chunk=chunk, threads=threads, run=run)
         for task, head in tvs.heads.items():
             files |= _write_head(folder, tvs, task, head)
         if card:
@@ -90,11 +96,14 @@ def save(
             "versions": versions(),
             "recipe": recipe,
             "inputs": input_hashes(tvs),
-            "merged": len(delta),
+            "merged": len(vector),
             "not_merged": tvs.skipped,
             "tasks": list(tvs.tasks),
             "files": files | side,
         }
+        if patched:
+            manifest["storage"] = storage(patched, tvs.base, tvs.experts)
+            manifest["dtype"] = str(dtype).removeprefix("torch.") if dtype else None
         write_json(folder / MANIFEST, manifest)
         if also is not None:
             also(folder)
@@ -103,6 +112,8 @@ def save(
 
 def export(folder: str | Path, task: str, out: str | Path, *, run: Run | None = None) -> Path:
     """The folder of one task's full model: the merged backbone, the task's head, its configuration and side files.
+
+    Of a folder with patches, the backbone is that of the task: base and patched vector, added in float32 and cast once.
 
     What comes out opens with the same call as the expert did, e.g. `AutoModelForImageClassification.from_pretrained`.
 
@@ -119,21 +130,26 @@ def export(folder: str | Path, task: str, out: str | Path, *, run: Run | None = 
     folder, out = Path(folder), Path(out)
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"'{folder}' is no folder that calmerge wrote: {MANIFEST} is missing.")
-    tasks = json.loads((folder / MANIFEST).read_text())["tasks"]
+    manifest = json.loads((folder / MANIFEST).read_text())
+    tasks = manifest["tasks"]
     if task not in tasks:
         raise CheckpointError(f"'{folder}' has no task '{task}'. {did_you_mean(task, tasks)}")
-    backbone = open_checkpoint(folder)
+    stored = open_checkpoint(folder)
+    backbone: Weights = stored
+    if is_patched(folder):
+        dtype = getattr(torch, manifest["dtype"]) if manifest["dtype"] else None
+        backbone = add(stored, open_merged(folder).for_task(task), dtype=dtype)
     head = folder / "heads" / task
     known = json.loads((head / "names.json").read_text())
-    parts = {own: (backbone, name) for name, own in known["names"].items()}
+    parts: dict[str, tuple[Weights, str]] = {own: (backbone, name) for name, own in known["names"].items()}
     own_file = head / "head.safetensors"
     apart = own_file.is_file() and known["head_in_a_file_of_its_own"]
     if own_file.is_file() and not apart:
         tensors = open_checkpoint(own_file)
         parts |= {name: (tensors, name) for name in tensors}
-    weights = _Gathered(parts)
+    weights = Gathered(parts)
     with new_folder(out, need=weights.nbytes) as partial:
-        copy_side_files(backbone, partial)
+        copy_side_files(stored, partial)
         for file in sorted(head.glob("*.json")):
             if file.name != "names.json":
                 (partial / file.name).write_bytes(file.read_bytes())
@@ -181,20 +197,6 @@ def hashes(weights: Weights) -> dict[str, str]:
         digest.update(name.encode())
         digest.update(source.read(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {"tensors": digest.hexdigest()}
-
-
-class _Gathered(Weights):
-    """Tensors from several places, each read from its own when asked for."""
-
-    def __init__(self, parts: Mapping[str, tuple[Weights, str]]) -> None:
-        self._parts = parts
-        self.inputs = tuple(source for source, _ in parts.values())
-        self.specs = {own: source.specs[name] for own, (source, name) in parts.items()}
-        self.elementwise = all(source.elementwise for source, _ in parts.values())
-
-    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
-        source, theirs = self._parts[name]
-        return source.read(theirs, rows, memo)
 
 
 def _key(tvs: TaskVectors, recipe: Mapping[str, Any], weights: Weights, shard: str | int) -> dict[str, str]:

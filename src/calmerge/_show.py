@@ -76,6 +76,23 @@ def plan(found: Mapping[str, Any]) -> None:
     table(["", ""], rows)
 
 
+def merged(manifest: Mapping[str, Any], where: str) -> None:
+    """What was merged; of a model per task, what the shared vector and each patch cost."""
+    from rich.filesize import decimal
+
+    text(f"merged {manifest['merged']} tensors into {where}")
+    if "storage" in manifest:
+        cost = manifest["storage"]
+        rows = [
+            ["base", decimal(cost["model"])],
+            ["shared vector", decimal(cost["shared"])],
+            *([f"patch of {task}", decimal(size)] for task, size in cost["patches"].items()),
+            ["all", f"{decimal(cost['all'])}; the experts take {decimal(cost['experts'])}"],
+        ]
+        table(["", ""], rows)
+        text(f"calmerge export {where} --task NAME writes the model of one task.")
+
+
 def scores(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """Accuracy by task, in per cent, with its standard error."""
     who = list(found)

@@ -194,6 +194,30 @@ class Computed(Weights):
         return memo[key]
 
 
+class Gathered(Weights):
+    """Tensors from several places under new names, each read from its own when asked for.
+
+    Args:
+        parts: by new name, the weights it comes from and its name there.
+
+    >>> source = StateDict({"w": torch.ones(1)})
+    >>> Gathered({"bert.w": (source, "w")})["bert.w"]
+    tensor([1.])
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[Weights, str]]) -> None:
+        self._parts = dict(parts)
+        sources = {id(source): source for source, _ in parts.values()}
+        self.inputs = tuple(sources.values())
+        self.specs = {own: source.specs[name] for own, (source, name) in parts.items()}
+        self.elementwise = all(source.elementwise for source in sources.values())
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        """The tensor where it comes from."""
+        source, theirs = self._parts[name]
+        return source.read(theirs, rows, memo)
+
+
 def digest(content: object) -> str:
     """A short hash of what `repr` shows of `content`."""
     return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()

@@ -124,7 +124,7 @@ def merge(
         return
     manifest = run_recipe(checked, out=out, resume=resume, command=_command(), run=_run(quiet))
     where = out or checked.out.path
-    _show().emit(manifest, as_json, lambda: typer.echo(f"merged {manifest['merged']} tensors into {where}"))
+    _show().emit(manifest, as_json, lambda: _show().merged(manifest, str(where)))
 
 
 @app.command("eval", short_help="Score a merged folder on a suite's test data.")

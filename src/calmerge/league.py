@@ -16,6 +16,7 @@ import torch
 from calmerge._checkpoint import sha256
 from calmerge._errors import CalmergeError, UsageError, did_you_mean
 from calmerge._memory import peak_memory
+from calmerge._merged import Merged
 from calmerge._pipe import Surroundings, build_pipe, needs_tasks, read_pipe
 from calmerge._run import Run
 from calmerge._save import hashes, versions
@@ -212,7 +213,9 @@ class _League:
 
     def _merge(self, method: str, options: Mapping[str, Data], seed: int | None, run: Run) -> Weights:
         pipe = merge_pipe([{method: dict(options)}], tasks=self.tasks, run=run, seed=seed)
-        delta: Weights = pipe(self.tvs)
+        delta: Weights | Merged = pipe(self.tvs)
+        if isinstance(delta, Merged):
+            raise UsageError(f"{method} gives a model for each task; merge with it, and score the folder with eval.")
         return delta
 
     def _options(self, entry: Entry) -> dict[str, Data]:

@@ -17,6 +17,7 @@ from calmerge._yaml import Data, Node, dump, from_data, load
 from calmerge.suites.suite import Suite, check_splits, lines_of, load_suite, located, read_model, read_tasks
 
 if TYPE_CHECKING:
+    from calmerge._merged import Merged
     from calmerge._run import Run
     from calmerge._task_vectors import TaskVectors
     from calmerge._weights import Weights
@@ -109,8 +110,8 @@ def recipe_from_dict(data: Mapping[str, Any], *, folder: str | Path = ".", metho
 
 def build(
     recipe: Recipe, *, methods: Methods | None = None
-) -> "Callable[[TaskVectors, Tasks | None, Run | None], Weights]":
-    """The function that a recipe describes: from task vectors, data and surroundings to a lazy delta.
+) -> "Callable[[TaskVectors, Tasks | None, Run | None], Weights | Merged]":
+    """The function that a recipe describes: from task vectors, data and surroundings to what its last step gives.
 
     >>> import torch; from calmerge import task_vectors
     >>> data = {"base": "./base", "experts": {"a": "./a"}, "merge": [{"task_arithmetic": {"scale": 0.5}}]}
@@ -120,12 +121,12 @@ def build(
     """
     table = _table(methods)
 
-    def merge(tvs: "TaskVectors", tasks: "Tasks | None" = None, run: "Run | None" = None) -> "Weights":
+    def merge(tvs: "TaskVectors", tasks: "Tasks | None" = None, run: "Run | None" = None) -> "Weights | Merged":
         if tasks is None and recipe.needs_tasks(table):
             raise UsageError(f"{recipe.file}: the merge learns from data, but no tasks were handed in.")
         surroundings = Surroundings(tasks, run, recipe.seed, recipe.folder)
-        delta: Weights = build_pipe(recipe.merge, table, surroundings)(tvs)
-        return delta
+        given: Weights | Merged = build_pipe(recipe.merge, table, surroundings)(tvs)
+        return given
 
     return merge
 

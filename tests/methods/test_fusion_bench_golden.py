@@ -11,7 +11,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from calmerge import Run, TaskVectors, adamerging, add, average, dare, task_arithmetic, task_vectors, ties
+from calmerge import (
+    Run,
+    TaskVectors,
+    adamerging,
+    add,
+    average,
+    dare,
+    emr,
+    tall_masks,
+    task_arithmetic,
+    task_vectors,
+    ties,
+)
 from calmerge.methods.ties import ties_split
 from calmerge.tasks.base import Batch, Task, Tasks
 from calmerge.tasks.module import ModuleModel
@@ -38,10 +50,17 @@ def close(ours: Tensor, stored: Tensor, described: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("case", "method"),
     [
+        ("simple_average_T2", average),
         ("simple_average_T3", average),
+        ("simple_average_T5", average),
+        ("task_arithmetic_T2", partial(task_arithmetic, scale=0.3)),
+        ("task_arithmetic_T3", partial(task_arithmetic, scale=0.3)),
         ("task_arithmetic_T5", partial(task_arithmetic, scale=0.3)),
+        ("expo_T3", partial(task_arithmetic, scale=1.3 / 3)),  # the mean, moved on by 0.3 of its way from the base
         ("ties_mean_K20_T3", partial(ties, keep=0.2, scale=1.0)),
         ("ties_mean_K0p1_T5", partial(ties, keep=0.1, scale=1.0)),
+        ("ties_sum_K20_T2", partial(ties, keep=0.2, scale=0.3, combine="sum")),
+        ("ties_sum_K20_T3", partial(ties, keep=0.2, scale=0.3, combine="sum")),
         ("ties_sum_K20_T5", partial(ties, keep=0.2, scale=0.3, combine="sum")),
         ("ties_max_K30_T3", partial(ties, keep=0.3, scale=0.3, combine="max")),
         ("dare_task_arithmetic_ratio0_T3", partial(dare, rate=0.0, inner=partial(task_arithmetic, scale=0.3))),
@@ -68,6 +87,45 @@ def test_splits_as_the_reference(golden: Golden) -> None:
     summed = ties(tvs, keep=0.2, combine="sum")
     for name, tensor in part(stored, "merged/").items():
         close(summed[name], tensor, described)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_masks_as_the_reference_s_function(n: int, golden: Golden) -> None:
+    """All but entries where both sides of the inequality agree to the last bits."""
+    described, stored = golden(f"tall_masks_T{n}")
+    tvs, _ = inputs(f"tall_masks_T{n}", described, n)
+    for threshold in described["hyper_parameters"]["lambdas"]:
+        merged = tall_masks(tvs, threshold=threshold)
+        wrong = entries = 0
+        for t in range(1, n + 1):
+            for name, tensor in part(stored, f"lambda_{threshold}/mask_{t}/").items():
+                wrong += int((merged.patches[str(t)].mask[name] != tensor.bool()).sum())
+                entries += tensor.numel()
+        assert entries == n * tvs.numel
+        assert wrong <= described["tolerance"]["max_mismatched_fraction"] * entries
+
+
+def test_does_not_mask_as_the_reference_s_class(golden: Golden) -> None:
+    """It compares the base's weights, not the task vectors, and turns nearly all bits on."""
+    described, stored = golden("tall_mask_class_arguments_T3")
+    tvs, _ = inputs("tall_mask_class_arguments_T3", described, 3)
+    mask = tall_masks(tvs, threshold=0.4).patches["1"].mask
+    theirs = part(stored, "mask_1/")
+    assert sum(int(m.sum()) for m in theirs.values()) > 0.9 * tvs.numel
+    assert sum(int((mask[name] != m.bool()).sum()) for name, m in theirs.items()) > 0.1 * tvs.numel
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_unifies_and_rescales_as_the_reference(n: int, golden: Golden) -> None:
+    described, stored = golden(f"emr_T{n}")
+    tvs, _ = inputs(f"emr_T{n}", described, n)
+    merged = emr(tvs)
+    for name, tensor in part(stored, "unified/").items():
+        close(merged.shared[name], tensor, described)
+    for t in range(1, n + 1):
+        model = add(tvs.base, merged.for_task(str(t)))
+        for name, tensor in part(stored, f"model_{t}/").items():
+            close(model[name], tensor, described)
 
 
 def test_drops_with_the_reference_s_mean_and_spread(golden: Golden) -> None:

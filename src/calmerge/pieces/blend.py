@@ -39,6 +39,16 @@ def per_task(values: Tensor, tau: Tensor) -> Tensor:
     return values.to(tau).reshape(-1, *[1] * (tau.dim() - 1))
 
 
+def plain_sum(tvs: TaskVectors) -> Weights:
+    """The sum of all task vectors: what methods start from that come with a scale of their own.
+
+    >>> from calmerge import task_vectors
+    >>> plain_sum(task_vectors({"w": torch.zeros(1)}, {t: {"w": torch.ones(1)} for t in "ab"}))["w"]
+    tensor([2.])
+    """
+    return tvs.reduce(lambda tau, site: summed(tau))
+
+
 def blend(tvs: TaskVectors, coefficients: Tensor | Callable[[str], Tensor]) -> Weights:
     """One delta, delta(l) = sum_t lambda[t, l] tau_t(l), with gradients flowing to the coefficients.
 

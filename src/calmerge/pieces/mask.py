@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calmerge._errors import CheckpointError
 from calmerge._measure import kth_magnitude
-from calmerge._weights import Weights
+from calmerge._weights import ALL, Memo, Spec, Weights, row_size
 
 
 def top_fraction(weights: Weights, fraction: float) -> float:
@@ -52,6 +52,62 @@ def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """
     n = torch.Size(shape).numel()
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=n).astype(bool)).reshape(shape)
+
+
+def packed(masks: Weights) -> Weights:
+    """Boolean masks as bytes that are made when they are read, `ceil(n / 8)` of them for a mask of n entries.
+
+    >>> from calmerge import StateDict
+    >>> packed(StateDict({"w": torch.ones(3, 3, dtype=torch.bool)}))["w"]
+    tensor([255, 128], dtype=torch.uint8)
+    """
+    return _Packed(masks)
+
+
+def unpacked(bits: Weights, specs: Mapping[str, Spec]) -> Weights:
+    """The masks that `packed` made bytes of, in the shapes of `specs`, unpacked when they are read.
+
+    >>> from calmerge import StateDict
+    >>> mask = StateDict({"w": torch.tensor([True, False, True])})
+    >>> unpacked(packed(mask), mask.specs)["w"]
+    tensor([ True, False,  True])
+    """
+    return _Unpacked(bits, specs)
+
+
+class _Packed(Weights):
+    def __init__(self, masks: Weights) -> None:
+        self._masks = masks
+        self.inputs = (masks,)
+        self.specs = {name: Spec((-(-spec.numel // 8),), torch.uint8) for name, spec in masks.specs.items()}
+        self.elementwise = masks.elementwise
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        spec = self._masks.specs[name]
+        if rows == ALL or not spec.shape:
+            return pack(self._masks.read(name, ALL, memo))
+        row = max(1, row_size(spec))
+        first, last = 8 * (rows.start or 0), min(8 * rows.stop, spec.numel)
+        start = first // row
+        around = self._masks.read(name, slice(start, -(-last // row)), memo)
+        return pack(around.reshape(-1)[first - start * row : last - start * row])
+
+
+class _Unpacked(Weights):
+    def __init__(self, bits: Weights, specs: Mapping[str, Spec]) -> None:
+        self._bits = bits
+        self.inputs = (bits,)
+        self.specs = {name: Spec(spec.shape, torch.bool) for name, spec in specs.items()}
+        self.elementwise = bits.elementwise
+
+    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        spec = self.specs[name]
+        if rows == ALL:
+            return unpack(self._bits.read(name, ALL, memo), spec.shape)
+        first, last = (rows.start or 0) * row_size(spec), rows.stop * row_size(spec)
+        start = first // 8
+        around = unpack(self._bits.read(name, slice(start, -(-last // 8)), memo), (last - 8 * start,))
+        return around[first - 8 * start :].reshape(-1, *spec.shape[1:])
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
