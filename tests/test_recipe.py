@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calmerge import Merge, TaskVectors, UsageError, Weights, task_vectors
-from calmerge._pipe import PROVIDED
+from calmerge._pipe import PROVIDED, gives_task_vectors, takes_merged
 from calmerge._run import Run
 from calmerge._signature import KeepFraction, Seed, options_of
 from calmerge._yaml import parse
@@ -333,6 +333,8 @@ def test_every_method_of_the_table_can_stand_in_a_recipe() -> None:
     for name in METHODS:
         needed = {o.name: [1.0] if "list" in o.type else 0.5 for o in options_of(METHODS[name]).values() if o.required}
         step = {name: {k: v for k, v in needed.items() if k not in PROVIDED}}
-        merge = [step] if name not in ("drop_and_rescale", "trim", "ties_split") else [step, "average"]
+        before = ["average"] if takes_merged(METHODS[name]) else []
+        after = ["average"] if gives_task_vectors(METHODS[name]) else []
+        merge = [*before, step, *after]
         data = {**HEAD, "merge": merge, "tasks": tasks, "model": {"kind": "image-classifier"}}
         assert isinstance(recipe_from_dict(data), Recipe)
