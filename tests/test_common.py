@@ -72,6 +72,7 @@ TABLE = {
         learns=True, random=True,
     ),
     "consensus": Row(single=({"k": 1}, 1.0)),
+    "core_space": Row(rounds=True),
     "dare": Row({"rate": 0.5}, single=({"rate": 0.0}, 0.3), random=True),
     "distillation": Row(
         {"steps": 2, "batch": 8, "lr": 0.01}, scales=False, single=({"steps": 0}, 1.0), learns=True, random=True
@@ -96,6 +97,9 @@ TABLE = {
     "localize_and_stitch_dataless": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
     "tall_masks": Row(),
+    "peft": Row(
+        {"combination": "dare_linear", "density": 0.5}, single=({"combination": "svd"}, 1.0), random=True
+    ),
     "task_arithmetic": Row(single=({}, 0.3)),
     "ties": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "ties_split": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),

@@ -97,6 +97,22 @@ def test_weights_stored_in_out_are_turned() -> None:
     assert delta(adapter(fan_in_fan_out=True), base).tolist() == BA.T.tolist()
 
 
+def test_shapes_decide_what_is_stored_in_out_where_they_can() -> None:
+    """PEFT decides by the module's class; `fan_in_fan_out` keeps what it found for the last module it looked at."""
+    assert delta(adapter(), {"q.weight": torch.zeros(2, 3)}).tolist() == BA.T.tolist()
+    assert delta(adapter(fan_in_fan_out=True)).tolist() == BA.tolist()
+
+
+def test_a_square_weight_of_gpt_2_is_stored_in_out_whatever_the_configuration_says(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    base = {f"h.0.attn.{m}.weight": torch.zeros(2, 2) for m in ("c_proj", "lm")}
+    save_file(base, tmp_path / "model.safetensors")
+    factors = {f"{n.removesuffix('.weight')}.lora_{k}.weight": t for n in base for k, t in {"A": A, "B": B[:2]}.items()}
+    tvs = task_vectors(tmp_path, {"a": adapter(factors)})
+    assert tvs["h.0.attn.c_proj.weight"][0].tolist() == BA[:2].T.tolist()
+    assert tvs["h.0.attn.lm.weight"][0].tolist() == BA[:2].tolist()
+
+
 def test_the_update_of_an_embedding_is_turned_whatever_fan_in_fan_out_says() -> None:
     factors = {"e.lora_embedding_A": A, "e.lora_embedding_B": B}
     base = {"e.weight": torch.zeros(2, 3)}
@@ -266,7 +282,7 @@ def test_a_peft_folder_is_an_expert_like_any_other(tmp_path: Path) -> None:
     tvs = task_vectors(tmp_path / "base.safetensors", {"cars": folder, "file": folder / "adapter_model.safetensors"})
     assert tvs["q.weight"].tolist() == [BA.tolist(), BA.tolist()]
     manifest = save(tmp_path / "merged", tvs, average(tvs))
-    assert set(manifest["inputs"]["expert cars"]) == {"adapter_model.safetensors"}
+    assert set(manifest["inputs"]["expert cars"]) == {"adapter_model.safetensors", "adapter_config.json as read"}
     assert open_checkpoint(tmp_path / "merged")["q.weight"].tolist() == (1 + BA).tolist()
     with pytest.raises(OutputError, match="would overwrite expert 'cars'"):
         save(folder, tvs, average(tvs))

@@ -34,19 +34,17 @@ if TYPE_CHECKING:
     from calmerge.methods.adamerging import adamerging_pp as adamerging_pp
     from calmerge.methods.average import average as average
     from calmerge.methods.calm import calm as calm
+    from calmerge.methods.core_space import core_space as core_space
     from calmerge.methods.dare import dare as dare
     from calmerge.methods.distillation import distillation as distillation
+    from calmerge.methods.emr import emr as emr
     from calmerge.methods.frank_wolfe import frank_wolfe as frank_wolfe
     from calmerge.methods.frank_wolfe import frank_wolfe_soft as frank_wolfe_soft
-    from calmerge.methods.iso_c import iso_c as iso_c
-    from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
-    from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
-    from calmerge.methods.slerp import slerp as slerp
-    from calmerge.methods.emr import emr as emr
     from calmerge.methods.iso_c import iso_c as iso_c
     from calmerge.methods.lines import lines as lines
     from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
     from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
+    from calmerge.methods.peft import peft as peft
     from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.tall_masks import consensus as consensus
     from calmerge.methods.tall_masks import tall_masks as tall_masks
@@ -87,6 +85,7 @@ _HOME = {
     "average": "methods.average",
     "calm": "methods.calm",
     "consensus": "methods.tall_masks",
+    "core_space": "methods.core_space",
     "dare": "methods.dare",
     "distillation": "methods.distillation",
     "emr": "methods.emr",
@@ -104,6 +103,7 @@ _HOME = {
     "open_checkpoint": "_checkpoint",
     "open_merged": "_merged",
     "open_suite": "tasks.hf",
+    "peft": "methods.peft",
     "save": "_save",
     "slerp": "methods.slerp",
     "tall_masks": "methods.tall_masks",

@@ -4,21 +4,23 @@ import json
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from calmerge._adapter_config import CONFIG, AdapterConfig, parse_config
 from calmerge._align import aligned_names
-from calmerge._checkpoint import Checkpoint, open_checkpoint
+from calmerge._checkpoint import open_checkpoint
 from calmerge._errors import CheckpointError, did_you_mean
 from calmerge._weights import ALL, Memo, Spec, StateDict, Weights, digest
 
 T = TypeVar("T")
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+_CONV1D_PARTS = {"c_attn", "c_proj", "c_fc", "q_attn"}
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.default)?(\.(?P<leaf>weight|bias))?"
@@ -45,6 +47,19 @@ class Update:
     scale: float
     turned: bool = False
     magnitude: str | None = None
+
+
+class Factors(NamedTuple):
+    """A change as a product, scale * left @ right: left [rows, r], right [r, columns] of the flattened tensor."""
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    @property
+    def scaled(self) -> Tensor:
+        """left, with the scale in it."""
+        return self.left * self.scale
 
 
 class Adapter(Weights):
@@ -101,7 +116,7 @@ class Adapted(Weights):
         self.base, self.adapter, self.source = base, adapter, adapter.source
         self.inputs = (base, adapter.source)
         self.elementwise = base.elementwise and adapter.elementwise
-        self._updates = _under(adapter.updates, names)
+        self._updates = {n: _turned(u, n, base, adapter) for n, u in _under(adapter.updates, names).items()}
         self._full = _under(adapter.full, names)
         self._shifts = _under(adapter.shifts, names)
         self.changed = {n for n in (*self._updates, *self._full, *self._shifts) if n in base.specs}
@@ -156,19 +171,29 @@ class Adapted(Weights):
         gain = gain if update.turned else gain[rows].reshape(-1, *[1] * (start.dim() - 1))
         return gain * (start + step) - start
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """(s left, right) with s left @ right the whole change of a tensor; None where the change is no such product.
+    def rank(self, name: str) -> int | None:
+        """The rank of a tensor's change, 0 where there is none; None where the change is no product of two factors."""
+        if name not in self.changed:
+            return 0
+        update = self._updates.get(name)
+        if update is None or update.magnitude is not None or name in self._full:
+            return None
+        return self.source.specs[update.down].shape[0]
+
+    def factors(self, name: str) -> Factors:
+        """The change of a tensor that has a rank, as a product.
 
         >>> factors = {"q.lora_A.weight": torch.tensor([[1.0, 2.0]]), "q.lora_B.weight": torch.tensor([[1.0], [3.0]])}
         >>> on_zero = adapted({"q.weight": torch.zeros(2, 2)}, Adapter(factors, {"r": 1, "lora_alpha": 2}))
         >>> on_zero.factors("q.weight")
-        (tensor([[2.], [6.]]), tensor([[1., 2.]]))
+        Factors(left=tensor([[1.], [3.]]), right=tensor([[1., 2.]]), scale=2.0)
         """
-        update = self._updates.get(name)
-        if update is None or update.magnitude is not None or name in self._full:
-            return None
-        left, right = self._factors(name)
-        return left * update.scale, right
+        assert self.rank(name) is not None
+        if name not in self.changed:
+            shape = self.specs[name].shape
+            rows, columns = shape[0], torch.Size(shape[1:]).numel()
+            return Factors(torch.zeros(rows, 0), torch.zeros(0, columns), 1.0)
+        return Factors(*self._factors(name), self._updates[name].scale)
 
     def update(self, name: str) -> Update | None:
         """How the adapter changes a tensor, if by factors."""
@@ -256,6 +281,42 @@ def _under(parts: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
     return {new: parts[old] for new, old in names.items() if old in parts}
 
 
+def _turned(update: Update, name: str, base: Weights, adapter: Adapter) -> Update:
+    """The update with its orientation as the base stores the tensor; only square ones believe the configuration.
+
+    PEFT decides by the module's class, and `fan_in_fan_out` keeps what it found for the last module.
+    """
+    if "lora_embedding_A" in update.down or len(base.specs[name].shape) != 2:
+        return update
+    down, up = adapter.source.specs[update.down].shape, adapter.source.specs[update.up].shape
+    if up[0] != down[1]:
+        return replace(update, turned=base.specs[name].shape == (down[1], up[0]))
+    return replace(update, turned=update.turned or stored_in_out(base, update.module))
+
+
+def stored_in_out(base: Weights, module: str) -> bool:
+    """Whether a base keeps the weights of a module as [in, out], as GPT-2's Conv1D does, by what its folder says."""
+    return config_of(base).get("model_type") in _CONV1D and module.rpartition(".")[2] in _CONV1D_PARTS
+
+
+def config_of(base: Weights) -> dict[str, Any]:
+    """What `config.json` beside a checkpoint says; empty where there is none."""
+    source = getattr(base, "source", base)
+    folder = getattr(source, "folder", None)
+    try:
+        said = json.loads((folder / "config.json").read_text()) if folder else {}
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def tied(base: Weights) -> bool:
+    """Whether input embeddings and output layer are one tensor, stored once, as the base's configuration says."""
+    return bool(config_of(base).get("tie_word_embeddings")) and not any(
+        n.endswith("lm_head.weight") for n in base.specs
+    )
+
+
 def _norms(base: Weights, name: str, left: Tensor, right: Tensor, update: Update) -> Tensor:
     """||W_0 + s left right|| for each output, in float64, over the inputs."""
     shape = base.specs[name].shape
@@ -328,9 +389,8 @@ def _update(module: str, found: Mapping[str, str], specs: Mapping[str, Spec], co
 def _check_target(name: str, own: str, base: Weights, adapter: Adapter) -> None:
     """Whether the base has what an update changes, in its shape and as floating numbers."""
     where = f"adapter '{adapter.config.label}' changes '{own}'"
-    tied = _tied(base)
     if name not in base.specs:
-        if name.endswith(("lm_head.weight", "embed_out.weight")) and tied:
+        if name.endswith(("lm_head.weight", "embed_out.weight")) and tied(base):
             raise CheckpointError(
                 f"{where}, which the base ties to its input embeddings and does not store: merging would change both. "
                 "Untie and save the base first."
@@ -348,30 +408,19 @@ def _check_target(name: str, own: str, base: Weights, adapter: Adapter) -> None:
         found: tuple[int, ...] = adapter.source.specs[adapter.shifts[own][0]].shape
     else:
         down, up = adapter.source.specs[update.down].shape, adapter.source.specs[update.up].shape
-        found = (down[1], up[0]) if update.turned else (up[0], *down[1:])
+        found = (up[0], *down[1:])
+        if "lora_embedding_A" in update.down or (len(down) == 2 and spec.shape == (down[1], up[0])):
+            found = (down[1], up[0])
     full = adapter.full.get(own)
     shape = spec.shape if full is None else adapter.source.specs[full].shape
     if found != shape or shape != spec.shape:
         raise CheckpointError(
             f"{where} by a tensor of shape {found if found != shape else shape}, base has {spec.shape}. "
-            "Use the base that it was trained on (fan_in_fan_out, a resized vocabulary or grouped convolutions differ)."
+            "Use the base that it was trained on (a resized vocabulary and grouped convolutions differ so)."
         )
     together = adapter.config.data.get("ensure_weight_tying")
-    if tied and update is not None and "lora_embedding_A" in update.down and not together:
+    if update is not None and tied(base) and "lora_embedding_A" in update.down and not together:
         raise CheckpointError(
             f"{where}, which the base ties to its output layer: as one tensor both would change, and the adapter was "
             "trained with the output layer left alone. Untie and save the base first."
         )
-
-
-def _tied(base: Weights) -> bool:
-    """Whether the base's configuration says that input embeddings and output layer are one tensor, stored once."""
-    source = getattr(base, "source", base)
-    file = source.folder / "config.json" if isinstance(source, Checkpoint) and source.folder else None
-    if file is None or not file.is_file() or any(n.endswith("lm_head.weight") for n in base.specs):
-        return False
-    try:
-        config = json.loads(file.read_text())
-    except ValueError:
-        return False
-    return bool(config.get("tie_word_embeddings"))

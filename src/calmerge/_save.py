@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from calmerge._checkpoint import Checkpoint, open_checkpoint, sha256
 from calmerge._errors import CheckpointError, OutputError, UsageError, did_you_mean
 from calmerge._folder import new_folder, resumable_folder
+from calmerge._lora import Adapted
 from calmerge._merged import Merged, is_patched, open_merged, storage, write_merged
 from calmerge._run import Run
 from calmerge._task_vectors import TaskVectors, own_names
@@ -190,6 +191,9 @@ def hashes(weights: Weights) -> dict[str, str]:
     import hashlib
 
     source = getattr(weights, "source", weights)
+    if isinstance(weights, Adapted):  # the same factors with another scale are another expert
+        said = json.dumps(weights.adapter.config.data, sort_keys=True, default=str)
+        return hashes(source) | {"adapter_config.json as read": hashlib.sha256(said.encode()).hexdigest()}
     if isinstance(source, Checkpoint):
         return source.hashes
     digest = hashlib.sha256()

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors.torch import save_file
@@ -12,7 +13,7 @@ from torch import Tensor
 from calmerge._align import aligned_names
 from calmerge._checkpoint import Checkpoint, Source, open_checkpoint
 from calmerge._errors import CheckpointError, UsageError, did_you_mean
-from calmerge._lora import Adapted, Adapter, adapted
+from calmerge._lora import Adapted, Adapter, Factors, adapted
 from calmerge._weights import ALL, Computed, Memo, Node, Spec, StateDict, Weights, digest, row_size
 
 _TASK = re.compile(r"\w[\w.-]*")
@@ -105,6 +106,28 @@ class TaskVectors(Weights):
         tensor([5.])
         """
         return TaskVectors(self, self.tasks, base, experts=self.experts, heads=self.heads, skipped=self.skipped)
+
+    def ranks(self, name: str) -> tuple[int, ...] | None:
+        """By task, the rank of its vector of one tensor, where all of them are known as products of factors.
+
+        That is so for adapters, as long as nothing was done to the vectors. It is told from headers alone.
+
+        >>> task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}}).ranks("w") is None
+        True
+        """
+        if not isinstance(self._source, _Deltas):
+            return None
+        found = [w.rank(name) if _on(w, self.base) else None for _, w in self._source.experts]
+        return None if None in found else tuple(r for r in found if r is not None)
+
+    def factors(self, name: str) -> list[Factors]:
+        """By task, the factors of its vector of a tensor that has `ranks`."""
+        assert isinstance(self._source, _Deltas)
+        found = [(task, w.factors(name)) for task, w in self._source.experts if isinstance(w, Adapted)]
+        for task, factors in found:
+            for part in (factors.left, factors.right):
+                _finite(f"expert '{task}'", name, part)
+        return [factors for _, factors in found]
 
     def expert(self, task: str) -> dict[str, Tensor]:
         """One expert's tensors under the base's names, in memory, floating ones in float32; without its head.
@@ -294,7 +317,7 @@ class _Deltas(Weights):
             base = _finite("the base", name, self._base.read(name, rows).float())
             tau = torch.empty(len(self.experts), *base.shape)
             for t, (task, expert) in enumerate(self.experts):
-                if isinstance(expert, Adapted) and expert.base is self._base:
+                if _on(expert, self._base):
                     tau[t] = _finite(f"expert '{task}'", name, expert.change(name, rows, base))
                 else:
                     torch.sub(_finite(f"expert '{task}'", name, expert.read(name, rows).float()), base, out=tau[t])
@@ -359,14 +382,19 @@ def _aligned(expert: Weights, base: Weights) -> Weights:
     """The expert under the base's names; an adapter, put on the base."""
     if isinstance(expert, Adapter):
         return adapted(base, expert, dtype=torch.float32)
-    if isinstance(expert, Adapted) and expert.base is base:
+    if _on(expert, base):
         return expert
     names = aligned_names(expert, base.specs)
     return expert if all(new == old for new, old in names.items()) else _Renamed(expert, names)
 
 
+def _on(expert: Weights, base: Weights) -> TypeGuard[Adapted]:
+    """Whether an expert is an adapter on this very base."""
+    return isinstance(expert, Adapted) and expert.base is base
+
+
 def _may_change(expert: Weights, base: Weights, name: str) -> bool:
-    return not (isinstance(expert, Adapted) and expert.base is base) or name in expert.changed
+    return not _on(expert, base) or name in expert.changed
 
 
 def _renamed(weights: Weights, names: Sequence[str]) -> Weights:
