@@ -42,7 +42,6 @@ class Row:
         permutes: whether the order of the experts is irrelevant.
         scales: whether c times the task vectors give c times the delta.
         single: by options, how much of a single expert's vector comes out; None where that is no fixed share.
-        single: by options, how much of a single expert's vector comes out; None where one expert is refused.
         experts: how many the method takes, where it is a fixed number.
         learns: whether it needs data.
         random: whether another seed gives another result.
@@ -73,9 +72,14 @@ TABLE = {
     ),
     "consensus": Row(single=({"k": 1}, 1.0)),
     "core_space": Row(rounds=True),
+    "cart": Row({"keep": 0.5}, rounds=True),
     "dare": Row({"rate": 0.5}, single=({"rate": 0.0}, 0.3), random=True),
     "distillation": Row(
         {"steps": 2, "batch": 8, "lr": 0.01}, scales=False, single=({"steps": 0}, 1.0), learns=True, random=True
+    ),
+    "doge": Row({"steps": 3, "lr": 0.01}, scales=False, single=None, rounds=True),
+    "doge_vectors": Row(
+        {"steps": 3, "lr": 0.01}, scales=False, single=({"steps": 0, "keep": 1.0}, 1.0), rounds=True
     ),
     "drop_and_rescale": Row({"rate": 0.5}, single=({"rate": 0.0}, 1.0), random=True),
     "frank_wolfe": Row(
@@ -87,10 +91,13 @@ TABLE = {
     ),
     "emr": Row(),
     "iso_c": Row(single=None, rounds=True),
+    "iso_cts": Row(single=None, rounds=True),
     "mergekit_linear": Row({"weight": [0.5]}, single=({"weight": [2.0]}, 1.0)),
     "mergekit_task_arithmetic": Row({"weight": [0.5]}, single=({"weight": [0.5]}, 0.5)),
     "mergekit_ties": Row({"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 1.0)),
     "lines": Row({"beta": 0.5}, single=({"beta": 0.0}, 1.0)),
+    "model_stock": Row(rounds=True),
+    "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
     "localize_and_stitch": Row(
         {"steps": 20, "batch": 8, "share": 0.3}, scales=False, single=None, learns=True, random=True
     ),
@@ -105,6 +112,7 @@ TABLE = {
     "ties_split": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "trim": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "tsv_m": Row(rounds=True),
+    "wudi": Row({"steps": 3}, scales=False, rounds=True),
 }  # fmt: skip
 
 methods = pytest.mark.parametrize("name", sorted(TABLE))
@@ -220,11 +228,6 @@ def test_the_delta_scales_with_the_task_vectors_where_declared(name: str, toy: A
 def test_a_single_expert_gives_what_is_declared(name: str, toy: Any) -> None:
     options, share = TABLE[name].single or ({}, 0.0)
     toy.experts = {"b": toy.experts["b"]}
-    if TABLE[name].single is None:
-        with pytest.raises(UsageError, match=rf"{name} .* models?, got 1 \(b\)"):
-            result(name, toy.tvs, toy, **TABLE[name].options)
-        return
-    options, share = TABLE[name].single
     tvs = toy.tvs
     delta = result(name, tvs, toy, **options)
     for n in tvs:
@@ -232,6 +235,13 @@ def test_a_single_expert_gives_what_is_declared(name: str, toy: Any) -> None:
         torch.testing.assert_close(
             delta[n], share * tvs[n][0], **({"rtol": 1e-5, "atol": 1e-6} if TABLE[name].rounds else exact)
         )
+
+
+@pytest.mark.parametrize("name", [n for n, row in sorted(TABLE.items()) if row.experts != Row.experts])
+def test_another_number_of_experts_is_refused_where_it_is_fixed(name: str, toy: Any) -> None:
+    toy.experts = {"b": toy.experts["b"]}
+    with pytest.raises(UsageError, match=rf"{name} .* models?, got 1 \(b\)"):
+        result(name, toy.tvs, toy, **TABLE[name].options)
 
 
 @methods

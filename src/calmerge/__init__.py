@@ -48,9 +48,21 @@ if TYPE_CHECKING:
     from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.tall_masks import consensus as consensus
     from calmerge.methods.tall_masks import tall_masks as tall_masks
+    from calmerge.methods.cart import cart as cart
+    from calmerge.methods.dare import dare as dare
+    from calmerge.methods.distillation import distillation as distillation
+    from calmerge.methods.doge import doge as doge
+    from calmerge.methods.doge import doge_vectors as doge_vectors
+    from calmerge.methods.iso_c import iso_c as iso_c
+    from calmerge.methods.iso_cts import iso_cts as iso_cts
+    from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
+    from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
+    from calmerge.methods.model_stock import model_stock as model_stock
+    from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.task_arithmetic import task_arithmetic as task_arithmetic
     from calmerge.methods.ties import ties as ties
     from calmerge.methods.tsv_m import tsv_m as tsv_m
+    from calmerge.methods.wudi import wudi as wudi
     from calmerge.pieces.mask import load_masks as load_masks
     from calmerge.suites.suite import load_suite as load_suite
     from calmerge.tasks.base import Task as Task
@@ -58,6 +70,7 @@ if TYPE_CHECKING:
     from calmerge.tasks.hf import HuggingFaceModel as HuggingFaceModel
     from calmerge.tasks.hf import open_suite as open_suite
     from calmerge.tasks.module import ModuleModel as ModuleModel
+
 
 _HOME = {
     "Adapter": "_lora",
@@ -89,17 +102,24 @@ _HOME = {
     "dare": "methods.dare",
     "distillation": "methods.distillation",
     "emr": "methods.emr",
+    "cart": "methods.cart",
+    "dare": "methods.dare",
+    "distillation": "methods.distillation",
+    "doge": "methods.doge",
+    "doge_vectors": "methods.doge",
     "export": "_save",
     "frank_wolfe": "methods.frank_wolfe",
     "frank_wolfe_soft": "methods.frank_wolfe",
     "iso_c": "methods.iso_c",
     "lines": "methods.lines",
+    "iso_cts": "methods.iso_cts",
     "load_masks": "pieces.mask",
     "load_suite": "suites.suite",
     "localize_and_stitch": "methods.localize_and_stitch",
     "localize_and_stitch_dataless": "methods.localize_and_stitch",
     "materialise": "_task_vectors",
     "merge": "_merge",
+    "model_stock": "methods.model_stock",
     "open_checkpoint": "_checkpoint",
     "open_merged": "_merged",
     "open_suite": "tasks.hf",
@@ -111,6 +131,7 @@ _HOME = {
     "task_vectors": "_task_vectors",
     "ties": "methods.ties",
     "tsv_m": "methods.tsv_m",
+    "wudi": "methods.wudi",
 }
 
 __all__ = sorted(_HOME)

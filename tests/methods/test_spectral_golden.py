@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from calmerge import TaskVectors, add, iso_c, task_vectors, tsv_m
+from calmerge import TaskVectors, add, doge, iso_c, iso_cts, model_stock, task_vectors, tsv_m, wudi
 
 FOLDER = Path(__file__).parents[1] / "golden" / "fusion_bench"
 Golden = Callable[[str], tuple[dict[str, Any], dict[str, Tensor]]]
@@ -34,6 +34,15 @@ def inputs(n: int) -> TaskVectors:
         ("iso_c_T3", partial(iso_c, scale=1.5)),
         ("iso_c_T5", partial(iso_c, scale=1.5)),
         ("iso_c_T5", partial(iso_c, scale=1.5, rank="full")),
+        ("iso_cts_T3", partial(iso_cts, scale=1.2)),
+        ("iso_cts_T5", partial(iso_cts, scale=1.2)),
+        ("iso_cts_fraction_T3", partial(iso_cts, common=0.5, skip=["*position_embedding*"])),
+        ("wudi_T3", wudi),
+        ("wudi_T5", wudi),
+        ("wudi_short_T3", partial(wudi, steps=10, skip=["*position_embedding*"])),
+        ("doge_ta_T3", partial(doge, skip=["*embeddings*"])),
+        ("doge_ta_T5", partial(doge, keep=0.2, subspace=4, skip=["*embeddings*"])),
+        ("model_stock_T3", partial(model_stock, angle="mean_angle", clamp=False)),
     ],
 )
 def test_merges_as_the_reference(case: str, method: Callable[..., Any], golden: Golden) -> None:

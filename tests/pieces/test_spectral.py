@@ -1,4 +1,4 @@
-"""Singular values, polar factors, and which tensors are matrices."""
+"""Singular values and polar factors."""
 
 import logging
 from functools import partial
@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from calmerge import TaskVectors, UsageError, task_vectors
 from calmerge._random import uniform
-from calmerge.pieces.spectral import by_matrix, full_svd, is_matrix, polar, svd, truncated
+from calmerge.pieces.spectral import full_svd, polar, svd, truncated
 
 near = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
 
@@ -76,67 +75,3 @@ def test_isotropic_keeps_the_sum_of_the_singular_values() -> None:
     values = torch.linalg.svdvals(flat)
     near(values, values.mean().expand(5))
     near(values.sum(), svd(noise(5, 8)).s.sum())
-
-
-@pytest.mark.parametrize(
-    ("name", "dims", "expected"),
-    [
-        ("layers.0.fc.weight", 2, True),
-        ("embeddings.position_embedding.weight", 2, True),
-        ("visual.proj", 2, True),
-        ("layers.0.fc.bias", 1, False),
-        ("patch_embedding.weight", 4, False),
-        ("gain", 0, False),
-        ("text_projection", 2, False),
-        ("model.embed_tokens.weight", 2, False),
-        ("bert.embeddings.word_embeddings.weight", 2, False),
-        ("transformer.wte.weight", 2, False),
-        ("lm_head.weight", 2, False),
-    ],
-)
-def test_which_tensors_are_matrices(name: str, dims: int, expected: bool) -> None:
-    assert is_matrix(name, dims) == expected
-
-
-def mixed() -> TaskVectors:
-    names = {"fc.weight": (6, 2), "embed_tokens.weight": (3, 2), "conv.weight": (2, 2, 1, 1), "bias": (2,), "gain": ()}
-    base = {n: torch.zeros(shape) for n, shape in names.items()}
-    return task_vectors(base, {t: {n: noise(*shape, key=(t, n)) for n, shape in names.items()} for t in "abc"})
-
-
-def test_all_other_tensors_are_averaged() -> None:
-    tvs = mixed()
-    merged = by_matrix(tvs, lambda tau, site: torch.zeros_like(tau[0]))
-    assert merged["fc.weight"].abs().sum() == 0
-    for name in ("embed_tokens.weight", "conv.weight", "bias", "gain"):
-        near(merged[name], tvs[name].mean(0))
-    skipped = by_matrix(tvs, lambda tau, site: torch.zeros_like(tau[0]), skip=["fc.*"])
-    near(skipped["fc.weight"], tvs["fc.weight"].mean(0))
-    assert skipped["embed_tokens.weight"].abs().sum() == 0
-
-
-def test_fused_matrices_can_be_treated_apart() -> None:
-    tvs = mixed()
-
-    def rank_one(tau: Tensor, site: object) -> Tensor:
-        return truncated(tau.sum(0), 1)
-
-    fused, apart = (by_matrix(tvs, rank_one, split=s)["fc.weight"] for s in ([], ["fc.weight"]))
-    assert len(svd(fused).s) == 1
-    assert [len(svd(part).s) for part in apart.chunk(3)] == [1, 1, 1]
-    near(apart[2:4], rank_one(tvs["fc.weight"][:, 2:4], None))
-
-
-def test_patterns_are_checked_at_once() -> None:
-    with pytest.raises(UsageError, match=r"skip: 'fc.wieght' fits no tensor. Did you mean 'fc.weight'"):
-        by_matrix(mixed(), lambda tau, site: tau[0], skip=["fc.wieght"])
-    with pytest.raises(UsageError, match=r"split: 'qkv' fits no tensor"):
-        by_matrix(mixed(), lambda tau, site: tau[0], split=["qkv"])
-    tvs = task_vectors({"qkv.weight": torch.zeros(4, 2)}, {"a": {"qkv.weight": torch.ones(4, 2)}})
-    with pytest.raises(UsageError, match=r"tensor 'qkv.weight' has 4 rows, which cannot be cut into three equal"):
-        by_matrix(tvs, lambda tau, site: tau[0], split=["qkv*"])
-
-
-def test_a_matrix_without_entries_stays_empty() -> None:
-    tvs = task_vectors({"w": torch.zeros(0, 3)}, {"a": {"w": torch.zeros(0, 3)}})
-    assert by_matrix(tvs, lambda tau, site: svd(tau[0]).product())["w"].shape == (0, 3)

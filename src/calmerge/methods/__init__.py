@@ -11,8 +11,11 @@ _HOME = {
     "calm": "methods.calm",
     "consensus": "methods.tall_masks",
     "core_space": "methods.core_space",
+    "cart": "methods.cart",
     "dare": "methods.dare",
     "distillation": "methods.distillation",
+    "doge": "methods.doge",
+    "doge_vectors": "methods.doge",
     "drop_and_rescale": "pieces.drop",
     "frank_wolfe": "methods.frank_wolfe",
     "frank_wolfe_soft": "methods.frank_wolfe",
@@ -21,9 +24,11 @@ _HOME = {
     "lines": "methods.lines",
     "localize_and_stitch": "methods.localize_and_stitch",
     "localize_and_stitch_dataless": "methods.localize_and_stitch",
+    "iso_cts": "methods.iso_cts",
     "mergekit_linear": "methods.mergekit_linear",
     "mergekit_task_arithmetic": "methods.mergekit_linear",
     "mergekit_ties": "methods.mergekit_ties",
+    "model_stock": "methods.model_stock",
     "slerp": "methods.slerp",
     "tall_masks": "methods.tall_masks",
     "localize_and_stitch": "methods.localize_and_stitch",
@@ -34,6 +39,7 @@ _HOME = {
     "ties_split": "methods.ties",
     "trim": "pieces.trim",
     "tsv_m": "methods.tsv_m",
+    "wudi": "methods.wudi",
 }
 
 

@@ -9,7 +9,8 @@ from calmerge._signature import Interval, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.blend import summed
-from calmerge.pieces.spectral import TABLES, by_matrix, full_svd, svd
+from calmerge.pieces.matrices import TABLES, reduce_matrices
+from calmerge.pieces.spectral import full_svd, svd
 
 
 def iso_c(
@@ -51,4 +52,4 @@ def iso_c(
         total = summed(tau)
         return (svd(total) if rank == "numerical" else full_svd(total)).isotropic()
 
-    return by_matrix(tvs, flat, skip=skip, split=split).map(lambda tau, site: tau * scale)
+    return reduce_matrices(tvs, flat, skip=skip, split=split).map(lambda tau, site: tau * scale)

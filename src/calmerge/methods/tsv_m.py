@@ -10,7 +10,8 @@ from calmerge._signature import Interval, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.blend import averaged
-from calmerge.pieces.spectral import TABLES, by_matrix, polar, svd
+from calmerge.pieces.matrices import TABLES, reduce_matrices
+from calmerge.pieces.spectral import polar, svd
 
 
 def tsv_m(
@@ -59,4 +60,4 @@ def tsv_m(
             u, v = polar(u, of=site.name), polar(v, of=site.name)
         return u * s @ v.T
 
-    return by_matrix(tvs, joined, skip=skip, split=split).map(lambda tau, site: tau * scale)
+    return reduce_matrices(tvs, joined, skip=skip, split=split).map(lambda tau, site: tau * scale)

@@ -4,19 +4,21 @@ from calmerge.pieces.blend import blend
 from calmerge.pieces.drop import drop_and_rescale
 from calmerge.pieces.elect import disjoint, elect
 from calmerge.pieces.mask import pack, top_fraction, unpack
-from calmerge.pieces.spectral import by_matrix, polar, svd
+from calmerge.pieces.matrices import reduce_matrices, transform_matrices
+from calmerge.pieces.spectral import polar, svd
 from calmerge.pieces.trim import trim
 
 __all__ = [
     "blend",
-    "by_matrix",
     "disjoint",
     "drop_and_rescale",
     "elect",
     "pack",
     "polar",
+    "reduce_matrices",
     "svd",
     "top_fraction",
+    "transform_matrices",
     "trim",
     "unpack",
 ]

@@ -1,23 +1,10 @@
-"""Singular value decompositions of whole matrices, and the rule which tensors count as matrices."""
+"""Singular value decompositions of whole matrices: exact, deterministic, as wide as they need to be."""
 
 import logging
-from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from calmerge._errors import UsageError, did_you_mean
-from calmerge._task_vectors import TaskVectors
-from calmerge._weights import Node, Site, Weights
-from calmerge.pieces.blend import averaged
-
-TABLES = (
-    "*text_projection*", "*embed_tokens*", "*token_embedding*", "*word_embeddings*", "*wte.weight", "*lm_head*",
-    "shared.weight",
-)  # fmt: skip
-"""What `skip` is by default: CLIP's text projection, which the official codes leave out, and tables of a vocabulary."""
 
 _log = logging.getLogger(__name__)
 
@@ -111,67 +98,3 @@ def truncated(matrix: Tensor, rank: int) -> Tensor:
     tensor([[3., 0.], [0., 0.]])
     """
     return matrix if rank >= min(matrix.shape) else svd(matrix, rank).product().to(matrix)
-
-
-def is_matrix(name: str, dims: int, skip: Sequence[str] = TABLES) -> bool:
-    """Whether a tensor is treated by its spectrum: it has two dimensions and no pattern in `skip` fits its name.
-
-    >>> is_matrix("fc.weight", 2), is_matrix("fc.bias", 1), is_matrix("conv.weight", 4), is_matrix("lm_head.weight", 2)
-    (True, False, False, False)
-    """
-    return dims == 2 and not any(fnmatchcase(name, pattern) for pattern in skip)
-
-
-def by_matrix(
-    tvs: TaskVectors,
-    fn: Callable[..., Tensor],
-    *others: Node,
-    skip: Sequence[str] = TABLES,
-    split: Sequence[str] = (),
-    rest: Callable[..., Tensor] | None = None,
-) -> Weights:
-    """One delta, `fn(tau, *others, site)` of every matrix and the mean over tasks of all other tensors.
-
-    Tensors are read whole: T of one tensor in float32 are held, and what `fn` makes of them.
-
-    Args:
-        tvs: task vectors of T experts.
-        fn: from [T, m, n] to [m, n], of any floating type.
-        others: weights or measures, as in `Weights.map`.
-        skip: shell patterns of matrices that are not treated as such.
-        split: shell patterns of matrices that are three of equal height in one (fused query, key, value); `fn` gets
-            each alone.
-        rest: what is done with all other tensors, called as `fn` is; the mean when None.
-
-    Raises:
-        UsageError: a pattern fits no tensor, or a tensor to split has not three times the rows of anything.
-
-    >>> experts = {t: {"w": torch.eye(2) * c, "b": torch.ones(2) * c} for t, c in {"a": 1.0, "b": 3.0}.items()}
-    >>> tvs = task_vectors({"w": torch.zeros(2, 2), "b": torch.zeros(2)}, experts)
-    >>> dict(by_matrix(tvs, lambda tau, site: tau.amax(0)))
-    {'w': tensor([[3., 0.], [0., 3.]]), 'b': tensor([2., 2.])}
-    """
-    _check_patterns(tvs, skip, split)
-
-    def merged(tau: Tensor, *given: Tensor, site: Site) -> Tensor:
-        if not is_matrix(site.name, tau.dim() - 1, skip) or not tau.numel():
-            return averaged(tau) if rest is None else rest(tau, *given, site)
-        if not any(fnmatchcase(site.name, pattern) for pattern in split):
-            return fn(tau, *given, site).float()
-        parts = zip(tau.chunk(3, 1), *(g.chunk(3, 0) for g in given), strict=True)
-        return torch.cat([fn(*part, site).float() for part in parts])
-
-    return tvs.reduce(lambda tau, *given: merged(tau, *given[:-1], site=given[-1]), *others, elementwise=False)
-
-
-def _check_patterns(weights: Weights, skip: Sequence[str], split: Sequence[str]) -> None:
-    for option, patterns in (("skip", skip), ("split", split)):
-        for pattern in patterns:
-            if pattern not in TABLES and not any(fnmatchcase(name, pattern) for name in weights):
-                raise UsageError(f"{option}: '{pattern}' fits no tensor. {did_you_mean(pattern, weights)}")
-    for name, spec in weights.specs.items():
-        if any(fnmatchcase(name, pattern) for pattern in split) and len(spec.shape) == 2 and spec.shape[0] % 3:
-            raise UsageError(
-                f"split: tensor '{name}' has {spec.shape[0]} rows, which cannot be cut into three equal parts. "
-                "Name only tensors that hold query, key and value below each other."
-            )
