@@ -12,7 +12,7 @@ from calmerge._run import Run
 from calmerge._signature import KeepFraction, Seed, options_of
 from calmerge._yaml import parse
 from calmerge.methods import METHODS
-from calmerge.recipe import Recipe, build, load_recipe, missing_inputs, recipe_from_dict
+from calmerge.recipe import Recipe, build, load_recipe, recipe_from_dict
 
 
 def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2) -> TaskVectors:
@@ -112,7 +112,12 @@ def test_paths_start_at_the_recipe(tmp_path) -> None:
     assert recipe.base == "org/vit@main"
     assert recipe.experts == {"a": tmp_path / "a", "b": Path.home() / "b", "c": "org/vit-c"}
     assert (recipe.out.path, recipe.out.dtype, recipe.out.shard) == (tmp_path / "merged", "float16", None)
-    assert missing_inputs(recipe)[0] == f"r.yaml: expert 'a' is missing: {tmp_path / 'a'}."
+    assert recipe.lines == {
+        "base": "r.yaml:1",
+        "experts.a": "r.yaml:2",
+        "experts.b": "r.yaml:2",
+        "experts.c": "r.yaml:2",
+    }
 
 
 def test_out_may_be_a_path_alone() -> None:

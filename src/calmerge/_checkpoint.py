@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from calmerge._errors import CheckpointError, MissingExtra
+from calmerge._errors import CheckpointError, MissingExtra, did_you_mean
 from calmerge._header import Entry, read_header
 from calmerge._shards import check_index, read_index, shard_files
 from calmerge._weights import ALL, Memo, Spec, StateDict, Weights
@@ -114,8 +114,17 @@ def open_checkpoint(source: Source, *, revision: str | None = None) -> Weights:
     if _is_hub_id(str(source)):
         return _open_folder(_download(str(source), revision), str(source))
     raise CheckpointError(
-        f"no checkpoint at '{source}': expected a safetensors file, a folder, or a hub id like org/name."
+        f"no checkpoint at '{source}': expected a safetensors file, a folder, or a hub id like org/name.{_beside(path)}"
     )
+
+
+def _beside(path: Path) -> str:
+    """What is there under a similar name."""
+    try:
+        close = did_you_mean(path.name, [p.name for p in path.parent.iterdir() if not p.name.startswith(".")])
+    except OSError:
+        return ""
+    return f" {close}" if close.startswith("Did") else ""
 
 
 def sha256(file: Path) -> str:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calmerge._errors import CheckpointError, OutputError, UsageError
+from calmerge._errors import OutputError, UsageError
 from calmerge._run import Run
 from calmerge._save import finished_before, hashes, save, versions
 from calmerge._task_vectors import TaskVectors, task_vectors
 from calmerge._writer import MANIFEST
-from calmerge.recipe import Recipe, build, missing_inputs
+from calmerge.recipe import Recipe, build
 
 if TYPE_CHECKING:
     from calmerge.report.results import Report
@@ -63,12 +63,9 @@ def open_inputs(recipe: Recipe) -> TaskVectors:
     """The task vectors of a recipe, from headers alone.
 
     Raises:
-        CheckpointError: a checkpoint is missing, cannot be read, or does not fit the others; missing ones all together.
+        CheckpointError: a checkpoint is missing, cannot be read, or does not fit the others; all together, with lines.
     """
-    missing = missing_inputs(recipe)
-    if missing:
-        raise CheckpointError("\n".join(missing))
-    return task_vectors(recipe.base, recipe.experts, exclude=recipe.exclude, heads=recipe.heads)
+    return task_vectors(recipe.base, recipe.experts, exclude=recipe.exclude, heads=recipe.heads, where=recipe.lines)
 
 
 def plan(recipe: Recipe, tvs: TaskVectors) -> Plan:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from calmerge._errors import UsageError, did_you_mean
+from calmerge._errors import CalmergeError, UsageError, did_you_mean
 from calmerge._hints import Count as Count
 from calmerge._hints import DropRate as DropRate
 from calmerge._hints import Fraction as Fraction
@@ -150,12 +150,12 @@ def checked_call(fn: Callable[..., R], /, *args: Any, **options: Any) -> R:
     return fn(*args, **options)
 
 
-def raise_together(problems: Sequence[str]) -> None:
-    """Raise one UsageError with all ``problems``, in their order; do nothing if there are none."""
+def raise_together(problems: Sequence[str], error: type[CalmergeError] = UsageError) -> None:
+    """Raise one ``error`` with all ``problems``, in their order; do nothing if there are none."""
     if len(problems) == 1:
-        raise UsageError(problems[0])
+        raise error(problems[0])
     if problems:
-        raise UsageError(f"{len(problems)} mistakes:\n" + "\n".join(f"  {p}" for p in problems))
+        raise error(f"{len(problems)} mistakes:\n" + "\n".join(f"  {p}" for p in problems))
 
 
 def name_of(fn: Callable[..., Any]) -> str:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeGuard
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from calmerge._align import aligned_names
 from calmerge._checkpoint import Checkpoint, Source, open_checkpoint
+from calmerge._compatibility import is_vocabulary, misfits, repeats, unfit
 from calmerge._errors import CheckpointError, UsageError, did_you_mean
 from calmerge._lora import Adapted, Adapter, Factors, adapted
+from calmerge._signature import raise_together
 from calmerge._weights import ALL, Computed, Memo, Node, Spec, StateDict, Weights, digest, row_size
 
 _TASK = re.compile(r"\w[\w.-]*")
@@ -189,7 +192,13 @@ class TaskVectors(Weights):
 
 
 def task_vectors(
-    base: Source, experts: Mapping[str, Source], *, exclude: Sequence[str] = (), heads: Sequence[str] = ()
+    base: Source,
+    experts: Mapping[str, Source],
+    *,
+    exclude: Sequence[str] = (),
+    heads: Sequence[str] = (),
+    repeated: bool = False,
+    where: Mapping[str, str] = MappingProxyType({}),
 ) -> TaskVectors:
     """The task vectors of `experts` over `base`, from headers alone: no tensor is read yet.
 
@@ -205,9 +214,12 @@ def task_vectors(
         experts: by task name.
         exclude: shell patterns (`*embeddings*`) of base names that are not merged.
         heads: shell patterns of names that are kept per task even where base and experts have them in one shape.
+        repeated: whether one checkpoint may be given twice, or the base as an expert; mostly that is a slip.
+        where: where base and experts were named, `{"base": "recipe.yaml:1", "experts.cars": "recipe.yaml:3"}`.
 
     Raises:
-        CheckpointError: no expert, another architecture, a missing tensor, a shape that differs beyond the classes.
+        CheckpointError: no expert, one that cannot be read or is given twice, another architecture, depth or
+            vocabulary, a missing tensor, a shape that differs beyond the classes; all mistakes together.
         UsageError: a pattern in `exclude` or `heads` that fits nothing.
 
     >>> base = {"w": torch.zeros(2), "steps": torch.tensor(7)}
@@ -223,10 +235,7 @@ def task_vectors(
                 f"expert '{task}': its name becomes a folder's; use letters, digits, '-', '_' and '.', and begin with "
                 "a letter or digit."
             )
-    opened_base = open_checkpoint(base)
-    if isinstance(opened_base, Adapter):
-        raise CheckpointError("the base is an adapter; give the full model that it was trained on.")
-    opened = {task: _aligned(open_checkpoint(source), opened_base) for task, source in experts.items()}
+    opened_base, opened = _open_all(base, experts, exclude, where, repeated=repeated)
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in opened_base):
             raise UsageError(f"exclude: '{pattern}' fits no tensor of the base. {did_you_mean(pattern, opened_base)}")
@@ -254,8 +263,9 @@ def task_vectors(
             own.add(name)
             skipped[name] = "head, kept per task"
         else:
-            _check_fit(name, spec, having, opened)
             merged[name] = spec
+    problems = misfits(opened_base, opened, merged)
+    raise_together([_at(where, f"experts.{task}", says) for task, says in problems], CheckpointError)
     if not merged:
         raise CheckpointError(_nothing_in_common(opened_base, opened, exclude))
     per_task = {
@@ -264,6 +274,39 @@ def task_vectors(
     }
     deltas = _Deltas(opened_base, list(opened.items()), merged)
     return TaskVectors(deltas, list(experts), opened_base, experts=opened, heads=per_task, skipped=skipped)
+
+
+def _open_all(
+    base: Source, experts: Mapping[str, Source], exclude: Sequence[str], where: Mapping[str, str], *, repeated: bool
+) -> tuple[Weights, dict[str, Weights]]:
+    """Base and experts, the experts under the base's names; whatever is wrong with any of them, together."""
+    problems: list[str] = []
+    opened: dict[str, Weights] = {}
+    for key, source in {"base": base, **{f"experts.{task}": source for task, source in experts.items()}}.items():
+        who = "the base" if key == "base" else f"expert '{key.removeprefix('experts.')}'"
+        try:
+            opened[key] = open_checkpoint(source)
+            problems += [_at(where, key, says) for says in unfit(who, opened[key], exclude=exclude, base=key == "base")]
+        except CheckpointError as e:
+            problems.append(_at(where, key, f"{who}: {e}"))
+    raise_together(problems, CheckpointError)
+    if not repeated:
+        # tensors and weights that are handed in open are the caller's own doing
+        paths = {task: opened[f"experts.{task}"] for task, at in experts.items() if isinstance(at, str | Path)}
+        found = repeats(opened["base"], paths)
+        raise_together([_at(where, f"experts.{task}", says) for task, says in found], CheckpointError)
+    aligned: dict[str, Weights] = {}
+    for task in experts:
+        try:
+            aligned[task] = _aligned(opened[f"experts.{task}"], opened["base"])
+        except CheckpointError as e:
+            problems.append(_at(where, f"experts.{task}", f"expert '{task}': {e}"))
+    raise_together(problems, CheckpointError)
+    return opened["base"], aligned
+
+
+def _at(where: Mapping[str, str], key: str, says: str) -> str:
+    return f"{where[key]}: {says}" if key in where else says
 
 
 def own_names(tvs: TaskVectors, task: str) -> dict[str, str]:
@@ -331,7 +374,7 @@ def _finite(whose: str, name: str, tensor: Tensor) -> Tensor:
         bad = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(
             f"{whose}: tensor '{name}' has {bad} entries that are NaN or infinite. "
-            "A merge would spread them; use a sound checkpoint."
+            f"A merge would spread them; use a sound checkpoint, or exclude the tensor (exclude: ['{name}'])."
         )
     return tensor
 
@@ -341,35 +384,14 @@ def _is_head(name: str, spec: Spec, having: Mapping[str, Spec]) -> bool:
     shapes = {spec.shape, *(s.shape for s in having.values())}
     return (
         len(shapes) > 1
-        and "embed" not in name
+        and not is_vocabulary(name)
         and len({(len(s), s[1:]) for s in shapes}) == 1
         and all(len(s) > 0 for s in shapes)
     )
 
 
-def _check_fit(name: str, spec: Spec, having: Mapping[str, Spec], experts: Mapping[str, Weights]) -> None:
-    for task in experts:
-        if task not in having:
-            raise CheckpointError(
-                f"expert '{task}' lacks tensor '{name}', which the base and other experts have. "
-                "Exclude it, or use a checkpoint of the same base."
-            )
-        if having[task].shape != spec.shape:
-            raise CheckpointError(
-                f"expert '{task}': tensor '{name}' has shape {having[task].shape}, base has {spec.shape}. "
-                "Exclude it, or use a checkpoint of the same base."
-            )
-        if not having[task].dtype.is_floating_point:
-            raise CheckpointError(
-                f"expert '{task}': tensor '{name}' has type {having[task].dtype}, base has {spec.dtype}. "
-                "Quantised checkpoints cannot be merged; use the floating-point original."
-            )
-
-
 def _nothing_in_common(base: Weights, experts: Mapping[str, Weights], exclude: Sequence[str]) -> str:
     task, expert = next(iter(experts.items()))
-    if not len(expert):
-        return f"expert '{task}' holds no tensor."
     if len(base) and all(any(fnmatchcase(name, p) for p in exclude) for name in base):
         return f"nothing is left to merge: exclude ({', '.join(exclude)}) names every tensor of the base."
     return (

@@ -57,6 +57,7 @@ class Recipe:
         data: the recipe as it was written.
         file: "recipe.yaml", for messages.
         folder: where relative paths start.
+        lines: where base and experts are named, `{"base": "recipe.yaml:1", "experts.cars": "recipe.yaml:3"}`.
     """
 
     base: Path | str
@@ -70,6 +71,7 @@ class Recipe:
     data: Mapping[str, Data] = field(repr=False)
     file: str = "recipe"
     folder: Path = Path()
+    lines: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Data]:
         """The recipe as plain data, as it was written; `recipe_from_dict` reads it back."""
@@ -129,16 +131,6 @@ def build(
         return given
 
     return merge
-
-
-def missing_inputs(recipe: Recipe) -> list[str]:
-    """One sentence for every local checkpoint of the recipe that is not there."""
-    named = {"the base": recipe.base, **{f"expert '{name}'": at for name, at in recipe.experts.items()}}
-    return [
-        f"{recipe.file}: {what} is missing: {path}."
-        for what, path in named.items()
-        if isinstance(path, Path) and not path.exists()
-    ]
 
 
 # Reading -------------------------------------------------------------------------------------------------------
@@ -206,7 +198,14 @@ def _read(node: Node, file: str, folder: Path, methods: Methods) -> Recipe:
         data=node.plain(),  # type: ignore[arg-type]
         file=file,
         folder=folder,
+        lines=_lines(node),
     )
+
+
+def _lines(node: Node) -> dict[str, str]:
+    base, named = node.get("base"), node.get("experts")
+    lines = {f"experts.{name}": at.where for name, at in (named.items() if named else ())}
+    return {**({"base": base.where} if base else {}), **lines}
 
 
 def _check_keys(node: Node, parts: Mapping[str, Any], methods: Methods, problems: list[str]) -> None:

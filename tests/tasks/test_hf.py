@@ -58,7 +58,7 @@ def test_a_head_of_the_wrong_width_is_an_error(tiny_suite: Path, tmp_path: Path)
 
 
 def test_an_expert_without_a_head_is_an_error(tiny_suite: Path, tmp_path: Path) -> None:
-    tvs = task_vectors(tiny_suite.parent / "base", {"a": tiny_suite.parent / "base"})
+    tvs = task_vectors(tiny_suite.parent / "base", {"a": tiny_suite.parent / "base"}, repeated=True)
     from calmerge.tasks.hf import HuggingFaceModel
 
     with pytest.raises(DataError, match="'a': its expert has no head"):
