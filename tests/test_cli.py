@@ -143,8 +143,8 @@ def test_missing_checkpoints_are_named_together(recipe: Path) -> None:
     recipe.write_text(recipe.read_text().replace("./a", "./x").replace("./base", "./y"))
     done = call("merge", recipe)
     assert done.exit_code == 1
-    assert "recipe.yaml: the base is missing" in done.stderr
-    assert "recipe.yaml: expert 'a' is missing" in done.stderr
+    assert f"recipe.yaml:1: the base: no checkpoint at '{recipe.parent / 'y'}'" in done.stderr
+    assert f"recipe.yaml:2: expert 'a': no checkpoint at '{recipe.parent / 'x'}'" in done.stderr
 
 
 def test_a_taken_output_is_found_before_any_work(recipe: Path) -> None:

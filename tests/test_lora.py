@@ -279,7 +279,8 @@ def test_one_leading_part_of_the_names_may_differ(own: str, base: str) -> None:
 def test_a_peft_folder_is_an_expert_like_any_other(tmp_path: Path) -> None:
     save_file(dict(BASE), tmp_path / "base.safetensors")
     folder = write_adapter(tmp_path / "cars", {"q.lora_A.weight": A, "q.lora_B.weight": B})
-    tvs = task_vectors(tmp_path / "base.safetensors", {"cars": folder, "file": folder / "adapter_model.safetensors"})
+    experts = {"cars": folder, "file": folder / "adapter_model.safetensors"}
+    tvs = task_vectors(tmp_path / "base.safetensors", experts, repeated=True)
     assert tvs["q.weight"].tolist() == [BA.tolist(), BA.tolist()]
     manifest = save(tmp_path / "merged", tvs, average(tvs))
     assert set(manifest["inputs"]["expert cars"]) == {"adapter_model.safetensors", "adapter_config.json as read"}
@@ -330,7 +331,7 @@ def test_another_shape_is_named() -> None:
 
 
 def test_a_quantised_base_is_refused() -> None:
-    assert "it is quantised" in refusal(adapter(), {"q.weight": torch.zeros(3, 2, dtype=torch.uint8)})
+    assert "the base is quantised" in refusal(adapter(), {"q.weight": torch.zeros(3, 2, dtype=torch.uint8)})
 
 
 def test_a_rank_that_the_configuration_does_not_say_is_refused() -> None:

@@ -300,7 +300,7 @@ def _open_all(
         try:
             aligned[task] = _aligned(opened[f"experts.{task}"], opened["base"])
         except CheckpointError as e:
-            problems.append(_at(where, f"experts.{task}", f"expert '{task}': {e}"))
+            problems.append(_at(where, f"experts.{task}", str(e)))
     raise_together(problems, CheckpointError)
     return opened["base"], aligned
 
