@@ -42,6 +42,7 @@ class Row:
         permutes: whether the order of the experts is irrelevant.
         scales: whether c times the task vectors give c times the delta.
         single: by options, how much of a single expert's vector comes out; None where that is no fixed share.
+        single: by options, how much of a single expert's vector comes out; None where it has no fixed share.
         experts: how many the method takes, where it is a fixed number.
         learns: whether it needs data.
         random: whether another seed gives another result.
@@ -102,6 +103,41 @@ TABLE = {
         {"steps": 20, "batch": 8, "share": 0.3}, scales=False, single=None, learns=True, random=True
     ),
     "localize_and_stitch_dataless": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
+    "arcee_fusion": Row(permutes=False, scales=False, single=None, experts=1),
+    "della": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 1.0), random=True, rounds=True),
+    "della_linear": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 0.3), random=True, rounds=True),
+    "karcher": Row(scales=False, rounds=True),
+    "magprune": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 1.0), random=True, rounds=True),
+    "mergekit_breadcrumbs": Row(
+        {"weight": [0.5], "density": [0.5], "gamma": [0.1]}, single=({"weight": [0.5], "gamma": [0.0]}, 0.5)
+    ),
+    "mergekit_breadcrumbs_ties": Row(
+        {"weight": [0.5], "density": [0.5], "gamma": [0.1]}, single=({"weight": [0.5], "gamma": [0.0]}, 0.5)
+    ),
+    "mergekit_dare_linear": Row(
+        {"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 0.5), random=True, rounds=True
+    ),
+    "mergekit_dare_ties": Row(
+        {"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 0.5), random=True, rounds=True
+    ),
+    "mergekit_della": Row(
+        {"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 1.0), random=True, rounds=True
+    ),
+    "mergekit_della_linear": Row(
+        {"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 0.5), random=True, rounds=True
+    ),
+    "mergekit_linear": Row({"weight": [0.5]}, single=({"weight": [2.0]}, 1.0)),
+    "mergekit_model_stock": Row(single=None, rounds=True),
+    "mergekit_ram": Row(),
+    "mergekit_ramplus_tl": Row(rounds=True, single=None),
+    "mergekit_sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
+    "mergekit_task_arithmetic": Row({"weight": [0.5]}, single=({"weight": [0.5]}, 0.5)),
+    "mergekit_ties": Row({"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 1.0)),
+    "multislerp": Row({"weight": [0.5]}, single=({"weight": [2.0]}, 1.0), rounds=True),
+    "nearswap": Row({"t": 0.1}, permutes=False, scales=False, single=({"t": 10.0}, 1.0), experts=1),
+    "nuslerp": Row({"weight": [0.3, 0.7]}, permutes=False, single=None, experts=2, rounds=True),
+    "passthrough": Row(permutes=False, experts=1),
+    "sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
     "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
     "tall_masks": Row(),
     "peft": Row(

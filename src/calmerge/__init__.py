@@ -32,10 +32,13 @@ if TYPE_CHECKING:
     from calmerge._weights import add as add
     from calmerge.methods.adamerging import adamerging as adamerging
     from calmerge.methods.adamerging import adamerging_pp as adamerging_pp
+    from calmerge.methods.arcee_fusion import arcee_fusion as arcee_fusion
     from calmerge.methods.average import average as average
     from calmerge.methods.calm import calm as calm
     from calmerge.methods.core_space import core_space as core_space
     from calmerge.methods.dare import dare as dare
+    from calmerge.methods.della import della as della
+    from calmerge.methods.della import della_linear as della_linear
     from calmerge.methods.distillation import distillation as distillation
     from calmerge.methods.emr import emr as emr
     from calmerge.methods.frank_wolfe import frank_wolfe as frank_wolfe
@@ -45,6 +48,15 @@ if TYPE_CHECKING:
     from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
     from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
     from calmerge.methods.peft import peft as peft
+    from calmerge.methods.karcher import karcher as karcher
+    from calmerge.methods.lines import lines as lines
+    from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
+    from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
+    from calmerge.methods.multislerp import multislerp as multislerp
+    from calmerge.methods.nearswap import nearswap as nearswap
+    from calmerge.methods.nuslerp import nuslerp as nuslerp
+    from calmerge.methods.passthrough import passthrough as passthrough
+    from calmerge.methods.sce import sce as sce
     from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.tall_masks import consensus as consensus
     from calmerge.methods.tall_masks import tall_masks as tall_masks
@@ -95,11 +107,14 @@ _HOME = {
     "adamerging_pp": "methods.adamerging",
     "adapted": "_lora",
     "add": "_weights",
+    "arcee_fusion": "methods.arcee_fusion",
     "average": "methods.average",
     "calm": "methods.calm",
     "consensus": "methods.tall_masks",
     "core_space": "methods.core_space",
     "dare": "methods.dare",
+    "della": "methods.della",
+    "della_linear": "methods.della",
     "distillation": "methods.distillation",
     "emr": "methods.emr",
     "cart": "methods.cart",
@@ -111,6 +126,7 @@ _HOME = {
     "frank_wolfe": "methods.frank_wolfe",
     "frank_wolfe_soft": "methods.frank_wolfe",
     "iso_c": "methods.iso_c",
+    "karcher": "methods.karcher",
     "lines": "methods.lines",
     "iso_cts": "methods.iso_cts",
     "load_masks": "pieces.mask",
@@ -124,7 +140,15 @@ _HOME = {
     "open_merged": "_merged",
     "open_suite": "tasks.hf",
     "peft": "methods.peft",
+    "multislerp": "methods.multislerp",
+    "nearswap": "methods.nearswap",
+    "nuslerp": "methods.nuslerp",
+    "open_checkpoint": "_checkpoint",
+    "open_merged": "_merged",
+    "open_suite": "tasks.hf",
+    "passthrough": "methods.passthrough",
     "save": "_save",
+    "sce": "methods.sce",
     "slerp": "methods.slerp",
     "tall_masks": "methods.tall_masks",
     "task_arithmetic": "methods.task_arithmetic",

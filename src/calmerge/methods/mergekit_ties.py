@@ -48,5 +48,5 @@ def mergekit_ties(
     given = {"weight": weight, "density": density, "normalize": normalize, "rescale": rescale, "lambda_": lambda_}
     raise_together(check(mergekit_ties, given))
     weights, shares = (one_each(tvs, f"mergekit_ties.{o}", v) for o, v in (("weight", weight), ("density", density)))
-    kept = keep_largest(tvs, lambda n: [max(1, int(share * n)) for share in shares])
+    kept = keep_largest(tvs, lambda name, n: [max(1, int(share * n)) for share in shares])
     return fuse(restore_l1(kept, tvs) if rescale else kept, weights, vote=True, normalize=normalize, scale=lambda_)

@@ -9,7 +9,7 @@ from calmerge._errors import UsageError
 from calmerge._signature import Interval, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
-from calmerge.pieces.gram import Of, spanned
+from calmerge.pieces.gram import Of, lengths, spanned
 
 
 def slerp(tvs: TaskVectors, *, t: Annotated[float, Interval()], of: Of = "weights") -> Weights:
@@ -39,7 +39,7 @@ def slerp(tvs: TaskVectors, *, t: Annotated[float, Interval()], of: Of = "weight
     raise_together(check(slerp, {"t": t, "of": of}))
     two_models("slerp", tvs)
 
-    def arc(gram: Tensor) -> Tensor:
+    def arc(gram: Tensor, name: str) -> Tensor:
         cos = cosine(gram, floor=1e-8)
         return straight(t) if abs(cos) > 0.9995 else curved(t, torch.acos(cos))
 
@@ -67,10 +67,9 @@ def cosine(gram: Tensor, *, floor: float = 0.0) -> Tensor:
     >>> cosine(torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
     tensor(0.5000)
     """
-    lengths = gram.diagonal().sqrt()
-    if bool((lengths <= floor).any()):
-        return torch.zeros_like(gram[0, 0])
-    return (gram[0, 1] / lengths.prod()).clamp(-1, 1)
+    norms = lengths(gram)  # [..., 2]
+    cos = (gram[..., 0, 1] / norms.prod(-1)).clamp(-1, 1)
+    return torch.where((norms <= floor).any(-1), 0.0, cos)
 
 
 def straight(t: float) -> Tensor:
@@ -83,9 +82,9 @@ def straight(t: float) -> Tensor:
 
 
 def curved(t: float, omega: Tensor) -> Tensor:
-    """Coefficients of interpolation along an arc of the angle `omega`.
+    """Coefficients of interpolation along an arc of the angle `omega`, or along several.
 
     >>> curved(0.5, torch.tensor(torch.pi / 2))
     tensor([0.7071, 0.7071], dtype=torch.float64)
     """
-    return torch.sin(straight(t) * omega) / torch.sin(omega)
+    return torch.sin(straight(t) * omega[..., None]) / torch.sin(omega[..., None])

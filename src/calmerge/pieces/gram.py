@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from calmerge._measure import Measure, PerTensor, total
@@ -12,19 +13,22 @@ from calmerge.pieces.blend import per_task, summed
 
 Of = Literal["weights", "deltas"]
 """What a method works on: the experts' weights theta_t, or their task vectors tau_t."""
+Coefficients = Callable[[Tensor, str], Tensor]
+"""From the inner products G[i, j] = <x_i, x_j> of one tensor's vectors, float64 [T, T], and its name, to c, [T]; for
+`along`, from [vectors, T, T] to [vectors, T]."""
 
 
 def experts(tvs: TaskVectors) -> TaskVectors:
     """The experts themselves instead of their differences to the base, theta_t = theta_0 + tau_t.
 
-    >>> import torch; from calmerge import task_vectors
+    >>> from calmerge import task_vectors
     >>> experts(task_vectors({"w": torch.tensor([1.0])}, {"a": {"w": torch.tensor([3.0])}}))["w"]
     tensor([[3.]])
     """
     return tvs.transform(lambda tau, base, site: tau + base.to(tau), tvs.base)
 
 
-def spanned(tvs: TaskVectors, coefficients: Callable[[Tensor], Tensor], *, of: Of = "deltas") -> Weights:
+def spanned(tvs: TaskVectors, coefficients: Coefficients, *, of: Of = "deltas") -> Weights:
     """One delta, a sum of the task vectors with coefficients that follow from their inner products in each tensor.
 
     delta = sum_t c_t tau_t for `of="deltas"`; for `of="weights"` what must be added to the base to give
@@ -32,40 +36,71 @@ def spanned(tvs: TaskVectors, coefficients: Callable[[Tensor], Tensor], *, of: O
 
     Args:
         tvs: task vectors.
-        coefficients: from G[i, j] = <x_i, x_j> of one tensor, float64 [T, T], to c, [T].
-        of: whether x_t are the task vectors or the experts' weights.
+        coefficients: from inner products and name of one tensor to c.
+        of: whether the inner products and the sum are those of task vectors or of the experts' weights.
 
-    >>> import torch; from calmerge import task_vectors
+    >>> from calmerge import task_vectors
     >>> tvs = task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.tensor([3.0, 4.0])}})
-    >>> spanned(tvs, lambda gram: 1 / gram.diagonal().sqrt())["w"]
+    >>> spanned(tvs, lambda gram, name: 1 / lengths(gram))["w"]
     tensor([0.6000, 0.8000])
     """
     vectors = experts(tvs) if of == "weights" else tvs
 
     def found(name: str) -> Measure:
-        return total(vectors.only_names([name]), _products).map(coefficients)
+        return total(vectors.only_names([name]), _products).map(lambda gram: coefficients(gram, name))
 
-    return combined(tvs, PerTensor({name: found(name) for name in tvs.specs}), of=of)
+    numbers = PerTensor({name: found(name) for name in tvs.specs})
+    delta = tvs.reduce(lambda tau, c, site: summed(tau * per_task(c, tau)), numbers)
+    return delta.map(beyond, tvs.base, numbers) if of == "weights" else delta
 
 
-def combined(tvs: TaskVectors, coefficients: PerTensor, *, of: Of = "deltas") -> Weights:
-    """One delta, a sum of the task vectors, or of the experts' weights, with the coefficients of each tensor, [T].
+def along(tvs: TaskVectors, coefficients: Coefficients, *, dim: int, of: Of = "deltas") -> Weights:
+    """As `spanned`, with coefficients of their own for every vector along `dim` of a tensor; tensors are held whole.
 
-    >>> import torch; from calmerge import task_vectors
-    >>> tvs = task_vectors({"w": torch.ones(2)}, {"a": {"w": torch.tensor([3.0, 4.0])}})
-    >>> spanned(tvs, lambda gram: torch.tensor([2.0]), of="weights")["w"] + 1
-    tensor([6., 8.])
+    >>> from calmerge import task_vectors
+    >>> tvs = task_vectors({"w": torch.zeros(2, 2)}, {"a": {"w": torch.tensor([[3.0, 4.0], [0.0, 2.0]])}})
+    >>> along(tvs, lambda gram, name: 1 / lengths(gram), dim=-1)["w"]
+    tensor([[0.6000, 0.8000],
+            [0.0000, 1.0000]])
     """
 
-    def mixed(tau: Tensor, c: Tensor, site: Site) -> Tensor:
-        return summed(tau * per_task(c, tau))
+    def mixed(vectors: Tensor, site: Site) -> Tensor:
+        if vectors.dim() == 1:
+            return mixed(vectors[:, None], site)[0]
+        last = vectors.movedim(dim % (vectors.dim() - 1) + 1, -1)  # [T, ..., n]
+        rows = last.reshape(len(last), -1, last.shape[-1])
+        step = max(1, 2**18 // max(1, rows.shape[-1]))
+        parts = [_mixed_rows(rows[:, i : i + step].double(), coefficients, site) for i in range(0, rows.shape[1], step)]
+        return torch.cat(parts).reshape(last.shape[1:]).movedim(-1, dim)
 
-    def beyond(delta: Tensor, base: Tensor, c: Tensor, site: Site) -> Tensor:
-        excess = float(c.sum()) - 1
-        return delta if abs(excess) < 1e-12 else delta + base.to(delta) * excess
+    if of == "deltas":
+        return tvs.reduce(mixed, elementwise=False)
+    return experts(tvs).reduce(mixed, elementwise=False).map(lambda theta, base, site: theta - base.to(theta), tvs.base)
 
-    delta = tvs.reduce(mixed, coefficients)
-    return delta.map(beyond, tvs.base, coefficients) if of == "weights" else delta
+
+def lengths(gram: Tensor) -> Tensor:
+    """The lengths of the vectors whose inner products these are.
+
+    >>> lengths(torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
+    tensor([2., 1.])
+    """
+    return gram.diagonal(dim1=-2, dim2=-1).sqrt()
+
+
+def beyond(delta: Tensor, base: Tensor, c: Tensor, site: Site) -> Tensor:
+    """sum_t c_t theta_t - theta_0, where `delta` is sum_t c_t tau_t: what is over where the c do not sum to 1.
+
+    >>> beyond(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([0.5]), Site("w", 0))
+    tensor([0.])
+    """
+    excess = float(c.sum()) - 1
+    return delta if abs(excess) < 1e-12 else delta + base.to(delta) * excess
+
+
+def _mixed_rows(rows: Tensor, coefficients: Coefficients, site: Site) -> Tensor:
+    """[T, vectors, n] to [vectors, n]."""
+    c = coefficients(torch.einsum("irn,jrn->rij", rows, rows), site.name)
+    return torch.einsum("rt,trn->rn", c, rows).float()
 
 
 def _products(block: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from calmerge._weights import Site, Weights
 
 _HALF = 1 << 16
 _STEP = 2654435769  # 2^32 over the golden ratio, odd: i -> i * _STEP mod 2^32 is one to one and spreads its values
-Counts = Callable[[int], Sequence[int] | Measure]
-"""From the size of a tensor to how many of its entries each task keeps."""
+Counts = Callable[[str, int], Sequence[int] | Measure]
+"""From name and size of a tensor to how many of its entries each task keeps."""
 
 
 def keep_largest(tvs: TaskVectors, counts: Counts) -> TaskVectors:
@@ -20,7 +20,7 @@ def keep_largest(tvs: TaskVectors, counts: Counts) -> TaskVectors:
 
     >>> from calmerge import task_vectors
     >>> tvs = task_vectors({"w": torch.zeros(4)}, {"a": {"w": torch.tensor([3.0, -1.0, 2.0, 0.5])}})
-    >>> keep_largest(tvs, lambda n: [2])["w"]
+    >>> keep_largest(tvs, lambda name, n: [2])["w"]
     tensor([[3., 0., 2., 0.]])
     """
     return tvs.transform(lambda tau, cut, site: tau.where(among(tau, cut, site), 0.0), largest(tvs, counts))
@@ -35,16 +35,16 @@ def largest(weights: Weights, counts: Counts) -> PerTensor:
 
     Args:
         weights: float tensors; of task vectors, one cut for each task.
-        counts: from the number of entries of a tensor to how many stay, for each task (of other weights, one number);
-            0 keeps none, the number of entries keeps all. It may give a measure.
+        counts: from name and number of entries of a tensor to how many stay, for each task (of other weights, one
+            number); 0 keeps none, the number of entries keeps all. It may give a measure.
 
     >>> from calmerge import StateDict
     >>> weights = StateDict({"w": torch.tensor([3.0, -1.0, 2.0, 0.5])})
-    >>> weights.map(among, largest(weights, lambda n: [2]))["w"]
+    >>> weights.map(among, largest(weights, lambda name, n: [2]))["w"]
     tensor([ True, False,  True, False])
     """
     return PerTensor(
-        {name: _cut(weights.only_names([name]), counts(spec.numel)) for name, spec in weights.specs.items()}
+        {name: _cut(weights.only_names([name]), counts(name, spec.numel)) for name, spec in weights.specs.items()}
     )
 
 

@@ -1,0 +1,103 @@
+"""Dropping entries at random, small ones more often than large ones."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calmerge._errors import UsageError
+from calmerge._random import uniform
+from calmerge._signature import Fraction, Seed, check, raise_together
+from calmerge._task_vectors import TaskVectors
+from calmerge._weights import Site
+
+
+def magprune(
+    tvs: TaskVectors, *, rate: Fraction = 0.5, spread: Fraction = 0.15, rescale: bool = True, seed: Seed = 0
+) -> TaskVectors:
+    """Task vectors with entries set to 0 at random, by their rank in their row, and the rest scaled to make up for it.
+
+    The entry of rank r = 0..n-1 by magnitude in its row of n is dropped with probability
+    p_r = p + epsilon/2 - epsilon r / (n - 1); what stays is divided by 1 - p_r, so that the mean over draws is tau.
+
+    Args:
+        tvs: task vectors. Whole tensors are held.
+        rate: p, the mean share dropped, in [0, 1].
+        spread: epsilon, by how much the probabilities of the smallest and the largest entry differ, in [0, 1]; 0 drops
+            all alike, which is DARE. rate - epsilon/2 and rate + epsilon/2 must lie in [0, 1).
+        rescale: without it nothing is divided.
+        seed: names the draw.
+
+    >>> from calmerge import task_vectors
+    >>> tvs = task_vectors({"w": torch.zeros(2, 500)}, {"a": {"w": torch.ones(2, 500)}})
+    >>> magprune(tvs, rate=0.75, spread=0.0)["w"].unique()
+    tensor([0., 4.])
+
+    Source: what DELLA does before it merges (Deep, Bhardwaj, Poria, arXiv 2024); declare-lab/della.
+    Differences: a row is the last dimension; a row of one entry is kept. Equal magnitudes rank by their place.
+    """
+    raise_together(check(magprune, {"rate": rate, "spread": spread, "rescale": rescale, "seed": seed}))
+    low, high = rate - spread / 2, rate + spread / 2
+    if low < 0 or high >= 1:
+        raise UsageError(
+            f"magprune: drop probabilities from {low:g} to {high:g} follow from rate {rate:g} and spread {spread:g}; "
+            "they must lie in [0, 1). Choose a smaller spread."
+        )
+    every = [1 - rate] * len(tvs.tasks)
+    return keep_by_rank(tvs, every, [spread / 2] * len(every), per_element=rescale, seed=seed)
+
+
+def keep_by_rank(
+    tvs: TaskVectors, density: Sequence[float], epsilon: Sequence[float], *, per_element: bool, seed: int
+) -> TaskVectors:
+    """Task vectors of which each entry stays with a probability that rises with its rank in its row.
+
+    q_r = density - epsilon + 2 epsilon r / (n - 1) for ranks r = 0..n-1; a row of one entry is kept.
+
+    Args:
+        tvs: task vectors.
+        density: mean of the probabilities, one for each task; 1 or more keeps all.
+        epsilon: half of their range.
+        per_element: whether what stays is divided by its probability.
+        seed: names the draw.
+
+    >>> from calmerge import task_vectors
+    >>> tvs = task_vectors({"w": torch.zeros(3)}, {"a": {"w": torch.tensor([3.0, 1.0, -2.0])}})
+    >>> keep_by_rank(tvs, [0.5], [0.5], per_element=False, seed=0)["w"][0, :2]
+    tensor([3., 0.])
+    """
+
+    def kept(tau: Tensor, site: Site) -> Tensor:
+        shape = tuple(tau.shape[1:])
+        result = tau.clone()
+        for t, task in enumerate(tvs.tasks):
+            if density[t] >= 1:
+                continue
+            rank = ranks(tau[t].cpu()).to(tau)
+            chance = density[t] - epsilon[t] + 2 * epsilon[t] * rank
+            if not shape or shape[-1] == 1:
+                chance = torch.ones_like(chance)
+            stays = uniform(shape, seed, site.name, task, offset=site.offset).to(tau.device) >= 1 - chance
+            result[t] = torch.where(stays, tau[t] / chance if per_element else tau[t], 0.0)
+        return result
+
+    return tvs if all(d >= 1 for d in density) else tvs.transform(kept, elementwise=False)
+
+
+def ranks(tensor: Tensor) -> Tensor:
+    """For each entry, its rank by magnitude in its last dimension, from 0 for the smallest to 1 for the largest.
+
+    Of equal magnitudes the one further in front ranks lower.
+
+    >>> ranks(torch.tensor([3.0, -1.0, 1.0]))
+    tensor([1.0000, 0.0000, 0.5000])
+    """
+    n = tensor.shape[-1] if tensor.dim() else 1
+    rows = tensor.detach().reshape(-1, n).float().numpy()
+    keys = (rows.view(np.int32) & 0x7FFFFFFF).astype(np.int64) << 32  # magnitudes order like their bits
+    keys |= np.arange(n)
+    keys.sort(axis=1)  # of one machine word an entry: far quicker than sorting floats and carrying an index
+    found = np.empty(rows.shape, np.float32)
+    np.put_along_axis(found, keys & 0xFFFFFFFF, np.arange(n, dtype=np.float32)[None] / np.float32(max(1, n - 1)), 1)
+    return torch.from_numpy(found).reshape(tensor.shape)
