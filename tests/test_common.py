@@ -74,6 +74,18 @@ TABLE = {
     "consensus": Row(single=({"k": 1}, 1.0)),
     "core_space": Row(rounds=True),
     "cart": Row({"keep": 0.5}, rounds=True),
+    "concrete_adamerging": Row(
+        {"mask_steps": 2, "steps": 2, "batch": 8, "lr": 0.05}, scales=False,
+        single=({"mask_steps": 0, "steps": 0, "evaluation": "expected"}, 0.3), learns=True, random=True,
+    ),
+    "concrete_task_arithmetic": Row(
+        {"steps": 2, "batch": 8, "lr": 0.05}, scales=False, single=({"steps": 0, "evaluation": "expected"}, 0.3),
+        learns=True, random=True,
+    ),
+    "dam": Row(
+        {"mask_steps": 2, "steps": 2, "batch": 8, "lr": 0.05}, scales=False,
+        single=({"mask_steps": 0, "steps": 0, "evaluation": "expected"}, 0.3), learns=True, random=True,
+    ),
     "dare": Row({"rate": 0.5}, single=({"rate": 0.0}, 0.3), random=True),
     "distillation": Row(
         {"steps": 2, "batch": 8, "lr": 0.01}, scales=False, single=({"steps": 0}, 1.0), learns=True, random=True

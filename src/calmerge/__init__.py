@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from calmerge.methods.average import average as average
     from calmerge.methods.calm import calm as calm
     from calmerge.methods.core_space import core_space as core_space
+    from calmerge.methods.concrete import concrete_adamerging as concrete_adamerging
+    from calmerge.methods.concrete import concrete_task_arithmetic as concrete_task_arithmetic
+    from calmerge.methods.dam import attack_success_rate as attack_success_rate
+    from calmerge.methods.dam import dam as dam
     from calmerge.methods.dare import dare as dare
     from calmerge.methods.della import della as della
     from calmerge.methods.della import della_linear as della_linear
@@ -118,6 +122,12 @@ _HOME = {
     "distillation": "methods.distillation",
     "emr": "methods.emr",
     "cart": "methods.cart",
+    "attack_success_rate": "methods.dam",
+    "average": "methods.average",
+    "calm": "methods.calm",
+    "concrete_adamerging": "methods.concrete",
+    "concrete_task_arithmetic": "methods.concrete",
+    "dam": "methods.dam",
     "dare": "methods.dare",
     "distillation": "methods.distillation",
     "doge": "methods.doge",

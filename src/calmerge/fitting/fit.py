@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ from calmerge.tasks.base import Gradient
 
 Params = Mapping[str, Tensor]
 SAVE_EVERY = 20.0  # seconds between two saved states
+
+
+class Stateful(Protocol):
+    """Anything that can be saved and go on, such as a torch optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it needs to go on."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from what `state_dict` gave."""
 
 
 @dataclass
@@ -65,6 +76,8 @@ def fit(
     observe: Callable[[Params], Mapping[str, float]] | None = None,
     watch: Watch | None = None,
     schedule: Callable[[int], float] | None = None,
+    before: Callable[[int, Params], None] | None = None,
+    companions: Mapping[str, Stateful] | None = None,
     run: Run | None = None,
     label: str = "fitting",
     key: str = "",
@@ -92,6 +105,9 @@ def fit(
             for what it compares with.
         watch: a held-out loss that decides when to stop and which parameters to keep (one more copy of them).
         schedule: from the number of an update to what the step size is multiplied by.
+        before: called with the number of every update and the parameters, before it: to draw what `merged` reads, or
+            to take a step of an inner problem.
+        companions: by name, whatever else moves while fitting (an inner problem's optimizer): saved with the state.
         run: where progress is told, and where the state is kept so that an interrupted fit goes on and ends the same.
         label: names the progress bar and the state's file.
         key: describes everything that decides the result; a saved state with another key is refused.
@@ -117,8 +133,10 @@ def fit(
     rates = [group["lr"] for group in optim.param_groups]
     state = run.folder / f"{label.replace(' ', '-')}.state.pt" if run.folder else None
     fitted, first = Fitted(params), 0
+    best = _Best(watch, params, fitted) if watch else None
+    stateful = {**(companions or {}), "optimizer": optim, **({"best": best} if best else {})}
     if state and state.is_file():
-        first = _load(state, key, params, optim, fitted)
+        first = _load(state, key, params, stateful, fitted)
         if first > steps:
             raise UsageError(
                 f"{state.parent} holds the state after {first} updates, more than the {steps} asked for. "
@@ -128,16 +146,17 @@ def fit(
         observe(params)
     theta = empty(merged(params), next(iter(params.values())).device)
     saved = time.monotonic()
-    best = _Best(watch, params, fitted) if watch else None
     with run.progress.track(label, steps, "update") as bar:
         bar.advance(first)
         for step in range(first, steps):
+            if before:
+                before(step, params)
             delta = merged(params)
             write(theta, base, delta)
             if best and best.done(theta, step):
                 break
             losses = gradient(theta, step)
-            _pull_back(delta, theta, params, penalty)
+            pull_back(delta, theta, params, penalty)
             _check(params, step)
             for group, lr in zip(optim.param_groups, rates, strict=True):
                 group["lr"] = lr * (schedule(step) if schedule else 1.0)
@@ -149,7 +168,7 @@ def fit(
                 fitted.observed.setdefault(name, []).append(value)
             bar.advance(1, loss=sum(losses.values()))
             if state and (time.monotonic() - saved > SAVE_EVERY or step + 1 == steps):
-                _save(state, key, params, optim, fitted, step + 1)
+                _save(state, key, params, stateful, fitted, step + 1)
                 saved = time.monotonic()
     fitted.params, fitted.step = {name: p.detach() for name, p in params.items()}, steps
     if best:
@@ -157,34 +176,6 @@ def fit(
         best.look(theta, steps)
         fitted.params, fitted.step = best.params, best.step
     return fitted
-
-
-class _Best:
-    """The parameters with the least held-out loss so far."""
-
-    def __init__(self, watch: Watch, current: Params, fitted: Fitted) -> None:
-        self._watch, self._current, self._fitted = watch, current, fitted
-        self.params = {name: p.detach().clone() for name, p in current.items()}
-        self.loss, self.step, self._waited = float("inf"), 0, 0
-
-    def done(self, theta: Mapping[str, Tensor], step: int) -> bool:
-        """Whether the fit should end; looks every so many updates."""
-        if step % self._watch.every == 0:
-            self.look(theta, step)
-        return self._waited >= self._watch.patience
-
-    def look(self, theta: Mapping[str, Tensor], step: int) -> None:
-        """Compare the held-out loss at `theta` with the best one, and keep the parameters where it is lower."""
-        if self._waited >= self._watch.patience:
-            return
-        loss = self._watch.loss(theta)
-        self._fitted.watched.append(loss)
-        if loss < self.loss:
-            self.loss, self.step, self._waited = loss, step, 0
-            for name, p in self._current.items():
-                self.params[name].copy_(p.detach())
-        else:
-            self._waited += 1
 
 
 def cosine(steps: int) -> Callable[[int], float]:
@@ -222,9 +213,22 @@ def write(theta: Mapping[str, Tensor], base: Weights, delta: Weights) -> None:
             tensor.requires_grad_()
 
 
-def _pull_back(
-    delta: Weights, theta: Mapping[str, Tensor], params: Params, penalty: Callable[[str, Params], Tensor] | None
+def pull_back(
+    delta: Weights,
+    theta: Mapping[str, Tensor],
+    params: Params,
+    penalty: Callable[[str, Params], Tensor] | None = None,
 ) -> None:
+    """Add to the parameters' gradients what dLoss/dtheta makes of them; that of each tensor of `theta` is freed.
+
+    >>> scale = torch.tensor(2.0, requires_grad=True)
+    >>> theta = {"w": torch.zeros(2, requires_grad=True)}
+    >>> theta["w"].grad = torch.tensor([1.0, 3.0])
+    >>> from calmerge import StateDict
+    >>> pull_back(StateDict({"w": scale * torch.ones(2)}), theta, {"scale": scale})
+    >>> scale.grad
+    tensor(4.)
+    """
     for name, tensor in theta.items():
         terms = []
         if tensor.grad is not None:
@@ -240,6 +244,43 @@ def _pull_back(
         tensor.grad = None  # freed as soon as it is used
 
 
+class _Best:
+    """The parameters with the least held-out loss so far."""
+
+    def __init__(self, watch: Watch, current: Params, fitted: Fitted) -> None:
+        self._watch, self._current, self._fitted = watch, current, fitted
+        self.params = {name: p.detach().clone() for name, p in current.items()}
+        self.loss, self.step, self._waited = float("inf"), 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit needs."""
+        return {"params": self.params, "loss": self.loss, "step": self.step, "waited": self._waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.params, self.loss, self.step = state["params"], state["loss"], state["step"]
+        self._waited = state["waited"]
+
+    def done(self, theta: Mapping[str, Tensor], step: int) -> bool:
+        """Whether the fit should end; looks every so many updates."""
+        if step % self._watch.every == 0:
+            self.look(theta, step)
+        return self._waited >= self._watch.patience
+
+    def look(self, theta: Mapping[str, Tensor], step: int) -> None:
+        """Compare the held-out loss at `theta` with the best one, and keep the parameters where it is lower."""
+        if self._waited >= self._watch.patience:
+            return
+        loss = self._watch.loss(theta)
+        self._fitted.watched.append(loss)
+        if loss < self.loss:
+            self.loss, self.step, self._waited = loss, step, 0
+            for name, p in self._current.items():
+                self.params[name].copy_(p.detach())
+        else:
+            self._waited += 1
+
+
 def _check(params: Params, step: int) -> None:
     for name, p in params.items():
         # a sum is finite only if all its terms are, and is quick; the exact test runs only where it overflows
@@ -250,16 +291,17 @@ def _check(params: Params, step: int) -> None:
             )
 
 
-def _save(path: Path, key: str, params: Params, optim: torch.optim.Optimizer, fitted: Fitted, step: int) -> None:
+def _save(path: Path, key: str, params: Params, stateful: Mapping[str, Stateful], fitted: Fitted, step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(
         {
             "key": key,
             "params": dict(params),
-            "optimizer": optim.state_dict(),
+            "stateful": {name: one.state_dict() for name, one in stateful.items()},
             "loss": fitted.loss,
             "observed": fitted.observed,
+            "watched": fitted.watched,
             "step": step,
         },
         partial,
@@ -267,13 +309,14 @@ def _save(path: Path, key: str, params: Params, optim: torch.optim.Optimizer, fi
     os.replace(partial, path)
 
 
-def _load(path: Path, key: str, params: Params, optim: torch.optim.Optimizer, fitted: Fitted) -> int:
+def _load(path: Path, key: str, params: Params, stateful: Mapping[str, Stateful], fitted: Fitted) -> int:
     state = torch.load(path, weights_only=True)
     if state["key"] != key:
         raise UsageError(f"{path.parent} holds the state of another run. Name another folder, or delete this one.")
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(state["params"][name])
-    optim.load_state_dict(state["optimizer"])
-    fitted.loss, fitted.observed = state["loss"], state["observed"]
+    for name, one in stateful.items():
+        one.load_state_dict(state["stateful"][name])
+    fitted.loss, fitted.observed, fitted.watched = state["loss"], state["observed"], state["watched"]
     return int(state["step"])

@@ -116,6 +116,10 @@ class Tasks(Mapping[str, Task]):
             if task.transductive and task.test is None:
                 raise DataError(f"task '{name}' is called transductive but has no test split.")
 
+    def with_model(self, model: Model) -> "Tasks":
+        """The same tasks for another model, such as one whose inputs are disturbed."""
+        return Tasks(model, self._tasks, batch=self.batch, device=self.device, autocast=self.autocast)
+
     def __getitem__(self, name: str) -> Task:
         if name not in self._tasks:
             raise UsageError(f"no task '{name}'. {did_you_mean(name, self._tasks)}")
