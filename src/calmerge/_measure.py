@@ -218,23 +218,36 @@ def settle(nodes: Iterable[Node], *, threads: int | None = None, run: Run | None
     >>> number.settled
     True
     """
+    for stage in stages(nodes):
+        with workers(threads or os.cpu_count() or 1) as pool:
+            for group in stage:
+                _side_by_side(group, pool, threads or os.cpu_count() or 1, run or Run())
+
+
+def stages(nodes: Iterable[Node]) -> list[list[list[Measure]]]:
+    """The pending measures of `nodes`, in the order in which `settle` finds them.
+
+    Those of one stage depend only on earlier stages; in it, those over the same blocks stand together and share passes.
+
+    >>> from calmerge import StateDict
+    >>> first = total(StateDict({"w": torch.ones(2)}), torch.sum)
+    >>> [[len(group) for group in stage] for stage in stages([first.map(torch.sqrt), first])]
+    [[1], [1]]
+    """
+    found: list[list[list[Measure]]] = []
     waiting = pending(nodes)
+    needs = {id(m): {id(n) for n in pending(m.inputs)} for m in waiting}
     while waiting:
-        ready = [m for m in waiting if not any(n is not m for n in pending(m.inputs))]
-        _together(ready, threads or os.cpu_count() or 1, run or Run())
-        waiting = [m for m in waiting if not m.settled]
-
-
-def _together(measures: Sequence[Measure], threads: int, run: Run) -> None:
-    """Settle measures that depend on no others; those over the same blocks share their passes."""
-    groups: dict[object, list[Measure]] = {}
-    for measure in measures:
-        weights = [n for n in measure.inputs if isinstance(n, Weights)]
-        grid = (tuple(weights[0].specs.items()), all(w.elementwise for w in weights)) if weights else id(measure)
-        groups.setdefault(grid, []).append(measure)
-    with workers(threads) as pool:
-        for group in groups.values():
-            _side_by_side(group, pool, threads, run)
+        missing = {id(m) for m in waiting}
+        ready = [m for m in waiting if not needs[id(m)] & missing]
+        groups: dict[object, list[Measure]] = {}
+        for measure in ready:
+            weights = [n for n in measure.inputs if isinstance(n, Weights)]
+            grid = (tuple(weights[0].specs.items()), all(w.elementwise for w in weights)) if weights else id(measure)
+            groups.setdefault(grid, []).append(measure)
+        found.append(list(groups.values()))
+        waiting = [m for m in waiting if id(m) not in {id(r) for r in ready}]
+    return found
 
 
 def _side_by_side(group: Sequence[Measure], pool: ThreadPoolExecutor, threads: int, run: Run) -> None:

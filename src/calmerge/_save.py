@@ -16,7 +16,7 @@ from calmerge._lora import Adapted
 from calmerge._merged import Merged, is_patched, open_merged, storage, write_merged
 from calmerge._run import Run
 from calmerge._task_vectors import TaskVectors, own_names
-from calmerge._weights import Gathered, Weights, add, digest
+from calmerge._weights import BLOCK, Gathered, Weights, add, digest
 from calmerge._writer import MANIFEST, bytes_of, copy_side_files, write_json, write_weights
 
 
@@ -29,7 +29,7 @@ def save(
     shard: str | int = "5GB",
     recipe: Mapping[str, Any] | None = None,
     card: str | None = None,
-    chunk: int = 2**18,
+    chunk: int = BLOCK,
     threads: int | None = None,
     resume: bool = False,
     also: Callable[[Path], None] | None = None,

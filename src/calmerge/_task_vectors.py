@@ -59,23 +59,27 @@ class TaskVectors(Weights):
         """The task vectors of one tensor, or of some of its rows: [T, rows, ...], float32."""
         return self._source.read(name, rows, memo)
 
-    def transform(self, fn: Callable[..., Tensor], *others: Node, elementwise: bool = True) -> "TaskVectors":
-        """Task vectors of the same shape, `fn(tau, *others, site)` for every block; see `map` for `others`.
+    def transform(
+        self, fn: Callable[..., Tensor], *others: Node, elementwise: bool = True, copies: int | None = None
+    ) -> "TaskVectors":
+        """Task vectors of the same shape, `fn(tau, *others, site)` for every block; see `map` for the arguments.
 
         >>> tvs = task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
         >>> tvs.transform(lambda tau, site: 3 * tau)["w"]
         tensor([[3., 3.]])
         """
-        return self._with(_Stacked(fn, (self, *others), self.specs, elementwise=elementwise))
+        return self._with(_Stacked(fn, (self, *others), self.specs, elementwise=elementwise, copies=copies))
 
-    def reduce(self, fn: Callable[..., Tensor], *others: Node, elementwise: bool = True) -> Weights:
-        """One delta out of T task vectors, `fn(tau, *others, site)` with tau of shape [T, ...].
+    def reduce(
+        self, fn: Callable[..., Tensor], *others: Node, elementwise: bool = True, copies: int | None = None
+    ) -> Weights:
+        """One delta out of T task vectors, `fn(tau, *others, site)` with tau of shape [T, ...]; see `map`.
 
         >>> tvs = task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(2)}})
         >>> tvs.reduce(lambda tau, site: tau.sum(0))["w"]
         tensor([2., 2.])
         """
-        return Computed(fn, (self, *others), _float32(self.specs), elementwise=elementwise)
+        return Computed(fn, (self, *others), _float32(self.specs), elementwise=elementwise, copies=copies)
 
     def only(self, tasks: Iterable[str]) -> "TaskVectors":
         """The task vectors of some tasks, in the order given; the other experts are not read where that is possible.

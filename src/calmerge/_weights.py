@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 ALL = slice(None)
+BLOCK = 2**18  # entries that are worked on at a time; those of a number over a model always are
 Memo = dict[tuple[int, str, int | None, int | None], Tensor]
 
 
@@ -80,19 +81,22 @@ class Weights(Node, Mapping[str, Tensor]):
         """
         raise NotImplementedError
 
-    def map(self, fn: Callable[..., Tensor], *others: Node, elementwise: bool = True) -> "Weights":
+    def map(
+        self, fn: Callable[..., Tensor], *others: Node, elementwise: bool = True, copies: int | None = None
+    ) -> "Weights":
         """The weights with `fn(tensor, *others, site)` applied to every tensor when it is read.
 
         Args:
             fn: may be called on some rows of a tensor at a time.
             others: weights of the same names, or measures, whose blocks or numbers `fn` is handed too.
             elementwise: whether `fn` of some rows equals some rows of `fn`; if not, it gets whole tensors only.
+            copies: see `Computed`.
 
         >>> doubled = StateDict({"w": torch.tensor([1.0, 2.0])}).map(lambda w, site: 2 * w)
         >>> doubled["w"]
         tensor([2., 4.])
         """
-        return Computed(fn, (self, *others), self.specs, elementwise=elementwise)
+        return Computed(fn, (self, *others), self.specs, elementwise=elementwise, copies=copies)
 
     def only_names(self, names: Iterable[str]) -> Self:
         """Some of the tensors, in the order given.
@@ -164,6 +168,8 @@ class Computed(Weights):
         inputs: weights that know every name of `specs`, and measures.
         specs: the names, shapes and types that come out.
         elementwise: whether `fn` of some rows equals some rows of `fn`.
+        copies: how many float32 tensors of one expert's shape `fn` holds at most, beside what it is handed and what it
+            returns; two more than it is handed when None. A plan tells peak memory from it.
         row_dim: the dimension of the result along which rows are counted (1 for stacks of task vectors).
     """
 
@@ -176,8 +182,9 @@ class Computed(Weights):
         specs: Mapping[str, Spec],
         *,
         elementwise: bool = True,
+        copies: int | None = None,
     ) -> None:
-        self._fn, self.inputs, self._own = fn, inputs, elementwise
+        self._fn, self.inputs, self._own, self.copies = fn, inputs, elementwise, copies
         self.specs = specs
         self.elementwise = elementwise and all(w.elementwise for w in inputs if isinstance(w, Weights))
 
@@ -251,7 +258,7 @@ def value_at(node: Node, site: Site, rows: slice, memo: Memo) -> Tensor:
     return node.at(site)
 
 
-def blocks(weights: Weights, size: int = 2**18) -> Iterator[tuple[str, slice]]:
+def blocks(weights: Weights, size: int = BLOCK) -> Iterator[tuple[str, slice]]:
     """Name and rows of pieces of about `size` entries that cover `weights` once, in order.
 
     A row is never split, and a tensor that cannot be read by rows comes whole.

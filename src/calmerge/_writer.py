@@ -17,7 +17,7 @@ from calmerge._errors import UsageError
 from calmerge._folder import Journal
 from calmerge._measure import pending, settle, workers
 from calmerge._run import Run
-from calmerge._weights import Weights, blocks
+from calmerge._weights import BLOCK, Weights, blocks
 
 MANIFEST = "calmerge.json"
 RECORDS = {MANIFEST, "expert.json", "report.json", "pretraining.json"}  # of how a folder came about; not its copies'
@@ -35,7 +35,7 @@ def write_weights(
     weights: Weights,
     *,
     shard: str | int = "5GB",
-    chunk: int = 2**18,
+    chunk: int = BLOCK,
     threads: int | None = None,
     run: Run | None = None,
     journal: Journal | None = None,

@@ -1,0 +1,244 @@
+"""What computing and writing weights takes, from headers alone: passes, bytes, memory, and how to stay below a limit.
+
+A plan has two parts, and any executor that keeps their order gives the same bytes. First the stages: groups of
+measures, each of which is a sum of partial results over blocks. Then the files: tensors that depend on no other now.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from calmerge._errors import UsageError
+from calmerge._measure import Measure, stages
+from calmerge._memory import private_memory
+from calmerge._task_vectors import TaskVectors
+from calmerge._weights import BLOCK, Computed, Node, Spec, Weights, blocks, entries
+from calmerge._writer import bytes_of, shards
+
+_FLOAT = 4  # bytes of an entry while it is worked on
+_COUNTING = 8  # copies of what it is handed that a pass of a measure holds at most
+_ADDING = 6  # copies of a tensor that reading it, or adding base and delta and casting, hold at most
+_SMALLEST = 2**14  # entries of a chunk; with fewer, calls cost more than the work
+_KEPT = 32 * 10**6  # bytes of an allocation up to which the allocator keeps freed memory for later
+_MOST_THREADS = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How weights are going to be computed and written.
+
+    Attributes:
+        stages: groups of measures; a stage waits for the one before, the groups of one stage do not.
+        files: the tensors of every file, each of which can be written alone once the measures are known.
+        kind: `A` (entries alone), `B` (whole tensors), with `C` for numbers over the model first: A, B, C, B+C.
+        passes: how often the inputs are read, the writing included.
+        reads: bytes that these passes read.
+        writes: bytes of tensors that come out.
+        threads: blocks worked on at a time.
+        chunk: entries of a block, where rows can be had alone.
+        memory: bytes held at most, beside what the process holds already.
+        largest: the tensor that takes the most where whole tensors are needed.
+    """
+
+    stages: list[list[list[Measure]]]
+    files: Mapping[str, list[str]]
+    kind: str
+    passes: int
+    reads: int
+    writes: int
+    threads: int
+    chunk: int
+    memory: int
+    largest: str
+
+
+def plan(
+    weights: Weights,
+    *,
+    shard: str | int = "5GB",
+    chunk: int = BLOCK,
+    threads: int | None = None,
+    max_memory: str | int | None = None,
+) -> Plan:
+    """What `write_weights` of these weights will take.
+
+    Args:
+        weights: what is to be written; not one tensor of it is read.
+        shard: the most bytes that one file holds.
+        chunk: entries computed at a time, at most.
+        threads: blocks computed at a time, at most; as many as there are cores when None.
+        max_memory: private memory that the process may take, like "2GB"; smaller chunks and fewer threads keep it.
+
+    Raises:
+        UsageError: `max_memory` is too little, with what is needed.
+
+    >>> from calmerge import StateDict, task_vectors, ties
+    >>> tvs = task_vectors({"w": torch.zeros(100)}, {"a": {"w": torch.ones(100)}})
+    >>> found = plan(ties(tvs, keep=0.1))
+    >>> found.kind, found.passes, found.reads
+    ('C', 4, 3200)
+    """
+    threads = min(threads or os.cpu_count() or 1, _MOST_THREADS)
+    steps = stages([weights])
+    passes, reads = 1, _bytes_read([weights], weights.specs)
+    for stage in steps:
+        passes += max(_passes(group) for group in stage)
+        reads += sum(_passes(group) * _bytes_read(*_over(group)) for group in stage if _passes(group))
+    measured = any(_passes(group) for stage in steps for group in stage)
+    whole = not weights.elementwise
+    threads, chunk, memory = _settings(weights, steps, threads, chunk, max_memory)
+    return Plan(
+        stages=steps,
+        files=shards(weights, bytes_of(shard)),
+        kind=("B+C" if measured else "B") if whole else ("C" if measured else "A"),
+        passes=passes,
+        reads=reads,
+        writes=weights.nbytes,
+        threads=threads,
+        chunk=chunk,
+        memory=memory,
+        largest=_largest(weights),
+    )
+
+
+# Memory --------------------------------------------------------------------------------------------------------
+
+
+def _settings(
+    weights: Weights, steps: list[list[list[Measure]]], threads: int, chunk: int, max_memory: str | int | None
+) -> tuple[int, int, int]:
+    """The most threads, and then the largest chunk, that stay within the limit; and the memory that they take."""
+    counting = [_block_sizes(*_over(group), BLOCK) for stage in steps for group in stage if _passes(group)]
+
+    def memory(threads: int, chunk: int) -> int:
+        return max(sum(sizes[:threads]) for sizes in [_block_sizes([weights], weights, chunk), *counting])
+
+    if max_memory is None:
+        return threads, chunk, memory(threads, chunk)
+    present = private_memory() or 0
+    limit = bytes_of(max_memory, "max_memory") - present
+    chunks = [chunk]
+    while weights.elementwise and chunks[-1] > _SMALLEST:
+        chunks.append(max(_SMALLEST, chunks[-1] // 4))
+    for n in range(threads, 0, -1):
+        for size in chunks:
+            if (found := memory(n, size)) <= limit:
+                return n, size, found
+    raise UsageError(
+        f"max_memory: this merge needs {_shown(present + memory(1, chunks[-1]))}, got {max_memory}. "
+        f"{_shown(present)} are taken before it begins; {_why(weights)}. Allow as much, or use another method."
+    )
+
+
+def _why(weights: Weights) -> str:
+    if weights.elementwise:
+        return "numbers over the model are found in blocks of one size, so that they never depend on the limit"
+    name = _largest(weights)
+    n = weights.specs[name].numel
+    copies = _Held([weights]).bytes(name, n) / (n * _FLOAT)
+    return f"it works on whole tensors, and holds {copies:.0f} float32 copies of the largest, '{name}'"
+
+
+def _largest(weights: Weights) -> str:
+    held = _Held([weights])
+    return max(weights.specs, key=lambda name: held.bytes(name, weights.specs[name].numel), default="")
+
+
+def _block_sizes(nodes: Iterable[Node], grid: Weights, chunk: int) -> list[int]:
+    """Bytes held for each of the blocks that take the most, in falling order: as many as there may be threads."""
+    held = _Held(nodes)
+    found = [
+        held.bytes(name, n) for name, n in {(name, entries(grid, name, rows)) for name, rows in blocks(grid, chunk)}
+    ]
+    if grid.elementwise:
+        return [max(found, default=0)] * _MOST_THREADS
+    return sorted(found, reverse=True)[:_MOST_THREADS]
+
+
+class _Held:
+    """What is held while one block is computed: every result on the way to it, and one function's own on top."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self._parts: dict[int, tuple[Mapping[str, Spec] | None, int, int]] = {}
+        self._width = 1
+        for node in nodes:
+            self._visit(node, outer=True)
+
+    def bytes(self, name: str, n: int) -> int:
+        """For a block of `n` entries."""
+        parts = [part for part in self._parts.values() if part[0] is None or name in part[0]]
+        copies = sum(kept for _, kept, _ in parts) + max(passing for *_, passing in parts)
+        slack = 2 if n * _FLOAT * self._width <= _KEPT else 1
+        return copies * n * _FLOAT * slack
+
+    def _visit(self, node: Node, outer: bool) -> None:
+        """A node's float32 copies of a block: what it keeps until the block is done, and what comes and goes."""
+        if id(node) in self._parts:
+            return
+        found: tuple[Mapping[str, Spec] | None, int, int]
+        into = max((_width(n) for n in node.inputs), default=1)
+        self._width = max(self._width, into)
+        if isinstance(node, Computed):
+            found = (node.specs, _width(node), into + 2 if node.copies is None else node.copies)
+        elif isinstance(node, TaskVectors):  # hands on what it is given
+            found = (node.specs, 0, 0)
+        elif isinstance(node, Weights):
+            found = (node.specs, _width(node), _ADDING)
+        elif outer:
+            found = (None, 0, _COUNTING * into)
+        else:
+            return  # a measure is known by now
+        self._parts[id(node)] = found
+        for one in node.inputs:
+            self._visit(one, outer=False)
+
+
+def _width(node: Node) -> int:
+    """How many tensors a node hands on of each name: T for task vectors, 1 for weights."""
+    if isinstance(node, TaskVectors):
+        return len(node.tasks)
+    if getattr(node, "row_dim", 0) == 0:
+        return 1
+    own = len(getattr(node, "experts", ()))
+    return own or max((_width(n) for n in node.inputs), default=1)
+
+
+# Bytes ---------------------------------------------------------------------------------------------------------
+
+
+def _passes(group: Iterable[Measure]) -> int:
+    return max(measure.passes for measure in group)
+
+
+def _over(group: Iterable[Measure]) -> tuple[list[Node], Weights]:
+    """What a group of measures reads, and weights of the names over which it goes."""
+    measures: list[Node] = [m for m in group if m.passes]
+    inputs = [n for m in measures for n in m.inputs if isinstance(n, Weights)]
+    return measures, next((w for w in inputs if not w.elementwise), inputs[0])
+
+
+def _bytes_read(nodes: Iterable[Node], names: Iterable[str]) -> int:
+    """Stored bytes of the inputs that computing these names reads, each once."""
+    found: dict[tuple[int, str], int] = {}
+    seen: set[int] = set()
+
+    def visit(node: Node, names: list[str]) -> None:
+        if not isinstance(node, Weights) or id(node) in seen:
+            return
+        seen.add(id(node))
+        own = getattr(node, "names", {})  # of a source under other names
+        if node.inputs:
+            wanted = [own.get(name, name) for name in names if name in node.specs]
+            for one in node.inputs:
+                visit(one, wanted)
+        else:
+            found.update({(id(node), name): node.specs[name].nbytes for name in names if name in node.specs})
+
+    for node in nodes:
+        for one in node.inputs if isinstance(node, Measure) else [node]:
+            visit(one, list(names))
+    return sum(found.values())
+
+
+def _shown(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
