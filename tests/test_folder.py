@@ -141,7 +141,7 @@ def test_measured_thresholds_are_kept(inputs: TaskVectors, tmp_path: Path, monke
     stop(tmp_path / "out", inputs)
     merged = cm.ties(inputs)
     with monkeypatch.context() as patch:
-        patch.setattr("calmerge._measure._together", lambda *_: pytest.fail("measured again"))
+        patch.setattr("calmerge._measure._side_by_side", lambda *_: pytest.fail("measured again"))
         save(tmp_path / "out", inputs, merged, resume=True)
     assert content(tmp_path / "out") == content(tmp_path / "unbroken")
 

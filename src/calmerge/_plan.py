@@ -5,15 +5,16 @@ measures, each of which is a sum of partial results over blocks. Then the files:
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from calmerge._errors import UsageError
 from calmerge._measure import Measure, stages
 from calmerge._memory import private_memory
+from calmerge._size import bytes_of, shown
 from calmerge._task_vectors import TaskVectors
-from calmerge._weights import BLOCK, Computed, Node, Spec, Weights, blocks, entries
-from calmerge._writer import bytes_of, shards
+from calmerge._weights import BLOCK, Computed, Gathered, Node, Spec, Weights, blocks, entries
+from calmerge._writer import shards
 
 _FLOAT = 4  # bytes of an entry while it is worked on
 _COUNTING = 8  # copies of what it is handed that a pass of a measure holds at most
@@ -29,19 +30,19 @@ class Plan:
 
     Attributes:
         stages: groups of measures; a stage waits for the one before, the groups of one stage do not.
-        files: the tensors of every file, each of which can be written alone once the measures are known.
-        kind: `A` (entries alone), `B` (whole tensors), with `C` for numbers over the model first: A, B, C, B+C.
+        files: the tensors of every file, each of which can be written alone once the measures are known; one mapping
+            for each of the weights.
+        kind: `A` (entries alone) or `B` (whole tensors), and `C` for numbers over the model first: A, B, C, B+C.
         passes: how often the inputs are read, the writing included.
         reads: bytes that these passes read.
         writes: bytes of tensors that come out.
         threads: blocks worked on at a time.
         chunk: entries of a block, where rows can be had alone.
         memory: bytes held at most, beside what the process holds already.
-        largest: the tensor that takes the most where whole tensors are needed.
     """
 
     stages: list[list[list[Measure]]]
-    files: Mapping[str, list[str]]
+    files: list[dict[str, list[str]]]
     kind: str
     passes: int
     reads: int
@@ -49,21 +50,19 @@ class Plan:
     threads: int
     chunk: int
     memory: int
-    largest: str
 
 
 def plan(
-    weights: Weights,
-    *,
+    *weights: Weights,
     shard: str | int = "5GB",
     chunk: int = BLOCK,
     threads: int | None = None,
     max_memory: str | int | None = None,
 ) -> Plan:
-    """What `write_weights` of these weights will take.
+    """What writing these weights, one after the other, will take.
 
     Args:
-        weights: what is to be written; not one tensor of it is read.
+        weights: what is to be written; not one tensor is read.
         shard: the most bytes that one file holds.
         chunk: entries computed at a time, at most.
         threads: blocks computed at a time, at most; as many as there are cores when None.
@@ -79,25 +78,21 @@ def plan(
     ('C', 4, 3200)
     """
     threads = min(threads or os.cpu_count() or 1, _MOST_THREADS)
-    steps = stages([weights])
-    passes, reads = 1, _bytes_read([weights], weights.specs)
-    for stage in steps:
-        passes += max(_passes(group) for group in stage)
-        reads += sum(_passes(group) * _bytes_read(*_over(group)) for group in stage if _passes(group))
-    measured = any(_passes(group) for stage in steps for group in stage)
-    whole = not weights.elementwise
-    threads, chunk, memory = _settings(weights, steps, threads, chunk, max_memory)
+    steps = [[group for group in stage if _passes(group)] for stage in stages(weights)]
+    groups = [group for stage in steps for group in stage]
+    inputs = sum(_bytes_read([one], one.specs) for one in weights)
+    threads, chunk, memory = _settings(weights, groups, threads, chunk, max_memory)
+    whole = any(not one.elementwise for one in weights)
     return Plan(
         stages=steps,
-        files=shards(weights, bytes_of(shard)),
-        kind=("B+C" if measured else "B") if whole else ("C" if measured else "A"),
-        passes=passes,
-        reads=reads,
-        writes=weights.nbytes,
+        files=[shards(one, bytes_of(shard)) for one in weights],
+        kind="+".join((["B"] if whole else []) + (["C"] if groups else [])) or "A",
+        passes=sum(max(map(_passes, stage), default=0) for stage in steps) + len(weights),
+        reads=inputs + sum(_passes(group) * _bytes_read(*_over(group)) for group in groups),
+        writes=sum(one.nbytes for one in weights),
         threads=threads,
         chunk=chunk,
         memory=memory,
-        largest=_largest(weights),
     )
 
 
@@ -105,43 +100,42 @@ def plan(
 
 
 def _settings(
-    weights: Weights, steps: list[list[list[Measure]]], threads: int, chunk: int, max_memory: str | int | None
+    weights: Sequence[Weights], groups: Sequence[list[Measure]], threads: int, chunk: int, max_memory: str | int | None
 ) -> tuple[int, int, int]:
     """The most threads, and then the largest chunk, that stay within the limit; and the memory that they take."""
-    counting = [_block_sizes(*_over(group), BLOCK) for stage in steps for group in stage if _passes(group)]
+    counting = [_block_sizes(*_over(group), BLOCK) for group in groups]
 
     def memory(threads: int, chunk: int) -> int:
-        return max(sum(sizes[:threads]) for sizes in [_block_sizes([weights], weights, chunk), *counting])
+        return max(sum(s[:threads]) for s in [*counting, *(_block_sizes([one], one, chunk) for one in weights)])
 
     if max_memory is None:
         return threads, chunk, memory(threads, chunk)
     present = private_memory() or 0
     limit = bytes_of(max_memory, "max_memory") - present
     chunks = [chunk]
-    while weights.elementwise and chunks[-1] > _SMALLEST:
+    while chunks[-1] > _SMALLEST and any(one.elementwise for one in weights):
         chunks.append(max(_SMALLEST, chunks[-1] // 4))
     for n in range(threads, 0, -1):
         for size in chunks:
             if (found := memory(n, size)) <= limit:
                 return n, size, found
     raise UsageError(
-        f"max_memory: this merge needs {_shown(present + memory(1, chunks[-1]))}, got {max_memory}. "
-        f"{_shown(present)} are taken before it begins; {_why(weights)}. Allow as much, or use another method."
+        f"max_memory: this merge needs {shown(present + memory(1, chunks[-1]))}, got {max_memory}. "
+        f"{shown(present)} are taken before it begins; {_why(weights)}. Allow as much, or use another method."
     )
 
 
-def _why(weights: Weights) -> str:
-    if weights.elementwise:
+def _why(weights: Sequence[Weights]) -> str:
+    whole = next((one for one in weights if not one.elementwise), None)
+    if whole is None:
         return "numbers over the model are found in blocks of one size, so that they never depend on the limit"
-    name = _largest(weights)
-    n = weights.specs[name].numel
-    copies = _Held([weights]).bytes(name, n) / (n * _FLOAT)
-    return f"it works on whole tensors, and holds {copies:.0f} float32 copies of the largest, '{name}'"
-
-
-def _largest(weights: Weights) -> str:
-    held = _Held([weights])
-    return max(weights.specs, key=lambda name: held.bytes(name, weights.specs[name].numel), default="")
+    held = _Held([whole])
+    name = max(whole.specs, key=lambda name: held.bytes(name, whole.specs[name].numel))
+    n = whole.specs[name].numel
+    return (
+        f"it works on whole tensors, and holds {held.bytes(name, n) / (n * _FLOAT):.0f} float32 copies of the largest, "
+        f"'{name}'"
+    )
 
 
 def _block_sizes(nodes: Iterable[Node], grid: Weights, chunk: int) -> list[int]:
@@ -226,8 +220,11 @@ def _bytes_read(nodes: Iterable[Node], names: Iterable[str]) -> int:
         if not isinstance(node, Weights) or id(node) in seen:
             return
         seen.add(id(node))
-        own = getattr(node, "names", {})  # of a source under other names
-        if node.inputs:
+        own: Mapping[str, str] = getattr(node, "names", {})  # of a source under other names
+        if isinstance(node, Gathered):
+            for source in node.inputs:
+                visit(source, [theirs for name in names for at, theirs in [node.parts[name]] if at is source])
+        elif node.inputs:
             wanted = [own.get(name, name) for name in names if name in node.specs]
             for one in node.inputs:
                 visit(one, wanted)
@@ -238,7 +235,3 @@ def _bytes_read(nodes: Iterable[Node], names: Iterable[str]) -> int:
         for one in node.inputs if isinstance(node, Measure) else [node]:
             visit(one, list(names))
     return sum(found.values())
-
-
-def _shown(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -15,9 +15,10 @@ from calmerge._folder import new_folder, resumable_folder
 from calmerge._lora import Adapted
 from calmerge._merged import Merged, is_patched, open_merged, storage, write_merged
 from calmerge._run import Run
+from calmerge._size import bytes_of
 from calmerge._task_vectors import TaskVectors, own_names
 from calmerge._weights import BLOCK, Gathered, Weights, add, digest
-from calmerge._writer import MANIFEST, bytes_of, copy_side_files, write_json, write_weights
+from calmerge._writer import MANIFEST, copy_side_files, write_json, write_weights
 
 
 def save(

@@ -213,7 +213,7 @@ class Gathered(Weights):
     """
 
     def __init__(self, parts: Mapping[str, tuple[Weights, str]]) -> None:
-        self._parts = dict(parts)
+        self.parts = dict(parts)
         sources = {id(source): source for source, _ in parts.values()}
         self.inputs = tuple(sources.values())
         self.specs = {own: source.specs[name] for own, (source, name) in parts.items()}
@@ -221,7 +221,7 @@ class Gathered(Weights):
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The tensor where it comes from."""
-        source, theirs = self._parts[name]
+        source, theirs = self.parts[name]
         return source.read(theirs, rows, memo)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import struct
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 from calmerge._checkpoint import sha256
-from calmerge._errors import UsageError
 from calmerge._folder import Journal
 from calmerge._measure import pending, settle, workers
 from calmerge._run import Run
+from calmerge._size import bytes_of
 from calmerge._weights import BLOCK, Weights, blocks
 
 MANIFEST = "calmerge.json"
@@ -216,17 +215,3 @@ def _write_file(path: Path, weights: Weights, names: list[str], chunk: int, pool
 
 def _raw(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def bytes_of(size: str | int, what: str = "shard") -> int:
-    """The bytes that a size names, in powers of 1,000.
-
-    >>> bytes_of("5GB"), bytes_of("1.5 MB"), bytes_of(100)
-    (5000000000, 1500000, 100)
-    """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)B\s*", str(size), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise UsageError(f"{what} must be a size like 5GB or 500MB, got '{size}'.")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
