@@ -106,7 +106,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(recipe: Path) -> None:
     assert "heads     a 1, b 1" in done.stdout
     assert not (recipe.parent / "merged").exists()
     plan = json.loads(call("merge", recipe, "--dry-run", "--json", "--out", "x").stdout)
-    assert (plan["merged"], plan["writes"], plan["out"], plan["heads"]) == (2, 44, "x", {"a": 1, "b": 1})
+    assert (plan["merged"], plan["writes"], plan["out"], plan["heads"]) == (2, 44 + 2 * 16, "x", {"a": 1, "b": 1})
+    assert (plan["kind"], plan["passes"], plan["inputs"], plan["reads"]) == ("A", 1, 3 * 44 + 2 * 16, 3 * 44)
 
 
 def test_dtype_and_shards_of_the_recipe_are_kept(recipe: Path) -> None:
@@ -115,7 +116,41 @@ def test_dtype_and_shards_of_the_recipe_are_kept(recipe: Path) -> None:
     files = sorted((recipe.parent / "merged").glob("*.safetensors"))
     assert len(files) == 2
     assert {t.dtype for f in files for t in load_file(f).values()} == {torch.bfloat16}
-    assert json.loads(call("merge", recipe, "--dry-run", "--json").stdout)["writes"] == 22
+    assert json.loads(call("merge", recipe, "--dry-run", "--json").stdout)["writes"] == 22 + 2 * 16
+
+
+def test_the_options_of_out_may_stand_on_the_command_line(recipe: Path) -> None:
+    words = ["--dtype", "bfloat16", "--shard", "20B", "--max-memory", "8GB"]
+    assert call("merge", recipe, *words).exit_code == 0
+    files = sorted((recipe.parent / "merged").glob("*.safetensors"))
+    assert len(files) == 2
+    assert {t.dtype for f in files for t in load_file(f).values()} == {torch.bfloat16}
+    manifest = json.loads((recipe.parent / "merged" / "calmerge.json").read_text())
+    assert manifest["recipe"]["out"] == {"path": "merged", "dtype": "bfloat16", "shard": "20B", "max_memory": "8GB"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--dtype", "bf16"], "got 'bf16'. Did you mean 'bfloat16'?"),
+        (["--shard", "big"], "out.shard must be a size like 5GB or 500MB, got 'big'"),
+        (["--max-memory", "0GB"], "out.max_memory must be a size like 5GB or 500MB, got '0GB'"),
+        (["--max-memory", "1MB"], "max_memory: this merge needs "),
+    ],
+)
+def test_options_that_cannot_be_are_wrong_usage(words: list[str], says: str, recipe: Path) -> None:
+    for dry in ([], ["--dry-run"]):
+        done = call("merge", recipe, *words, *dry)
+        assert done.exit_code == 2
+        assert says in done.stderr
+    assert not (recipe.parent / "merged").exists()
+
+
+def test_a_size_in_a_recipe_that_is_none_is_found_with_its_line(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("out: merged", "out: {path: merged, shard: big}"))
+    done = call("validate", recipe)
+    assert done.exit_code == 2
+    assert "recipe.yaml:4: out.shard must be a size like 5GB or 500MB, got 'big'." in done.stderr
 
 
 def test_wrong_usage_is_exit_code_2_with_every_mistake_once(recipe: Path) -> None:
@@ -201,7 +236,9 @@ def test_a_missing_recipe_is_wrong_usage(tmp_path: Path) -> None:
 
 
 def test_validate(recipe: Path) -> None:
-    assert call("validate", recipe).stdout == "recipe.yaml is fine: a, b.\n"
+    shown = call("validate", recipe).stdout
+    assert shown.startswith("recipe.yaml is fine: a, b.\n")
+    assert "reads     164 bytes of base and experts, once: 132 bytes" in shown
     save_file({"w": torch.ones(2, 4), "v": torch.ones(3)}, recipe.parent / "b" / "model.safetensors")
     done = call("validate", recipe)
     assert done.exit_code == 1

@@ -1,5 +1,7 @@
 """What `calmerge list` and `calmerge explain` say, read from the functions themselves: signature and docstring."""
 
+import ast
+import doctest
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -82,6 +84,12 @@ def _gives(fn: Callable[..., Any]) -> str:
     return "task vectors" if gives_task_vectors(fn) else "a model per task" if gives_patches(fn) else "a model"
 
 
+def held_in_memory(fn: Callable[..., Any]) -> str:
+    """What a function's docstring says that it holds in memory, where it says so."""
+    found = re.search(r"^Held in memory: (.*?)\n\n", (inspect.getdoc(fn) or "") + "\n\n", re.MULTILINE | re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
+
+
 def _methods() -> Methods:
     from calmerge.methods import METHODS
 
@@ -130,9 +138,32 @@ def _meanings(block: str, options: Sequence[str]) -> dict[str, str]:
     return {name: text.strip().rstrip(";") for name, text in zip(cuts[1::2], cuts[2::2], strict=True)}
 
 
+def example_options(fn: Callable[..., Any]) -> dict[str, Any]:
+    """Values for the options that a function demands, as the example in its docstring gives them."""
+    source = "\n".join(e.source for e in doctest.DocTestParser().get_examples(inspect.getdoc(fn) or ""))
+    required = {o.name for o in options_of(fn, PROVIDED).values() if o.required}
+    found: dict[str, Any] = {}
+    for call in [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]:
+        if isinstance(call.func, ast.Name) and call.func.id == name_of(fn):
+            found |= {
+                word.arg: ast.literal_eval(word.value)
+                for word in call.keywords
+                if word.arg in required and _is_literal(word.value)
+            }
+    return found
+
+
+def _is_literal(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except ValueError:
+        return False
+    return True
+
+
 def _recipe(name: str, fn: Callable[..., Any]) -> str:
     """A recipe with the first options at their defaults, as something to start from."""
-    options = {
+    options = example_options(fn) | {
         o.name: o.default
         for o in options_of(fn, PROVIDED).values()
         if isinstance(o.default, (bool, int, float, str)) and o.name != "seed"

@@ -16,10 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calmerge._errors import OutputError, UsageError
+from calmerge._explain import held_in_memory
+from calmerge._memory import private_memory
+from calmerge._pipe import walk
+from calmerge._plan import plan
 from calmerge._run import Run
-from calmerge._save import finished_before, hashes, save, versions
+from calmerge._save import finished_before, hashes, save, to_write, versions
 from calmerge._task_vectors import TaskVectors, task_vectors
 from calmerge._writer import MANIFEST
+from calmerge.methods import METHODS
 from calmerge.recipe import Recipe, build
 
 if TYPE_CHECKING:
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Preview:
     """What a recipe is going to do, as far as headers tell.
 
     Attributes:
@@ -37,9 +42,16 @@ class Plan:
         merged: how many tensors are merged, and `entries` how many numbers they hold.
         skipped: how many tensors are taken from the base, by reason.
         heads: how many tensors each task keeps for itself.
-        reads: bytes of base and experts that one pass over them reads.
-        writes: bytes of the backbone that comes out.
+        inputs: bytes of base and experts.
+        writes: bytes that come out, heads included.
+        files: how many files of weights that makes.
         learns: whether unlabelled data are needed.
+        kind: memory class: `A`, `B`, `C`, `B+C` as in `calmerge._plan.Plan`; `E` where weights are learned.
+        passes: how often the inputs are read; None where that depends on the data, and so are the next two.
+        reads: bytes that these passes read.
+        memory: bytes of private memory held at most.
+        held: what a method that learns holds, in its own words.
+        threads: tensors or chunks worked on at a time.
         out: where it goes.
     """
 
@@ -49,9 +61,16 @@ class Plan:
     entries: int
     skipped: dict[str, int]
     heads: dict[str, int]
-    reads: int
+    inputs: int
     writes: int
+    files: int
     learns: bool
+    kind: str
+    passes: int | None
+    reads: int | None
+    memory: int | None
+    held: str
+    threads: int | None
     out: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,20 +87,33 @@ def open_inputs(recipe: Recipe) -> TaskVectors:
     return task_vectors(recipe.base, recipe.experts, exclude=recipe.exclude, heads=recipe.heads, where=recipe.lines)
 
 
-def plan(recipe: Recipe, tvs: TaskVectors) -> Plan:
-    """What `run_recipe` would do with these inputs."""
-    itemsize = getattr(torch, recipe.out.dtype).itemsize if recipe.out.dtype else None
-    specs = tvs.base.specs.values()
-    return Plan(
+def preview(recipe: Recipe, tvs: TaskVectors) -> Preview:
+    """What `run_recipe` would do with these inputs.
+
+    Raises:
+        UsageError: the memory that the recipe allows is too little.
+    """
+    learns = recipe.needs_tasks()
+    delta = tvs.of(tvs.tasks[0]) if learns else build(recipe)(tvs, None, None)
+    weights = to_write(tvs, delta, dtype=_dtype(recipe))
+    work = plan(*weights, shard=recipe.out.shard or "5GB", max_memory=None if learns else recipe.out.max_memory)
+    return Preview(
         steps=[str(step) for step in recipe.merge],
         tasks=list(tvs.tasks),
         merged=len(tvs),
         entries=tvs.numel,
         skipped=dict(Counter(tvs.skipped.values())),
         heads={task: len(head) for task, head in tvs.heads.items()},
-        reads=tvs.base.nbytes + sum(w.nbytes for w in tvs.experts.values()),
-        writes=sum(s.numel * itemsize if itemsize and s.dtype.is_floating_point else s.nbytes for s in specs),
-        learns=recipe.needs_tasks(),
+        inputs=tvs.base.nbytes + sum(w.nbytes for w in tvs.experts.values()),
+        writes=work.writes + sum(head.nbytes for head in tvs.heads.values()),
+        files=sum(map(len, work.files)),
+        learns=learns,
+        kind="E" if learns else work.kind,
+        passes=None if learns else work.passes,
+        reads=None if learns else work.reads,
+        memory=None if learns else (private_memory() or 0) + work.memory,
+        held=" ".join(held_in_memory(METHODS[step.name]) for step in walk(recipe.merge, METHODS)).strip(),
+        threads=None if learns else work.threads,
         out=str(recipe.out.path) if recipe.out.path else None,
     )
 
@@ -130,8 +162,9 @@ def run_recipe(
         path,
         tvs,
         delta,
-        dtype=getattr(torch, recipe.out.dtype) if recipe.out.dtype else None,
+        dtype=_dtype(recipe),
         shard=recipe.out.shard or "5GB",
+        max_memory=recipe.out.max_memory,
         recipe=recipe.to_dict(),
         card=_card(report, path.name),
         resume=resume,
@@ -141,6 +174,10 @@ def run_recipe(
     if run.folder is None:
         shutil.rmtree(state, ignore_errors=True)
     return manifest
+
+
+def _dtype(recipe: Recipe) -> torch.dtype | None:
+    return getattr(torch, recipe.out.dtype) if recipe.out.dtype else None
 
 
 def _finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from calmerge._errors import CheckpointError, OutputError, UsageError, did_you_m
 from calmerge._folder import new_folder, resumable_folder
 from calmerge._lora import Adapted
 from calmerge._merged import Merged, is_patched, open_merged, storage, write_merged
+from calmerge._plan import plan
 from calmerge._run import Run
 from calmerge._size import bytes_of
 from calmerge._task_vectors import TaskVectors, own_names
@@ -32,6 +33,7 @@ def save(
     card: str | None = None,
     chunk: int = BLOCK,
     threads: int | None = None,
+    max_memory: str | int | None = None,
     resume: bool = False,
     also: Callable[[Path], None] | None = None,
     run: Run | None = None,
@@ -55,13 +57,14 @@ def save(
         card: text of README.md.
         chunk: entries computed at a time; changes no byte.
         threads: chunks computed at a time; changes no byte.
+        max_memory: private memory that the process may take, like "2GB": fewer threads and smaller chunks keep it.
         resume: go on from what a stopped run with the same recipe and inputs left, if there is something; the bytes
             are those of an unbroken run. Needs `recipe`, which tells whether it is the same merge.
         also: called with the folder before it is whole, to write more files into it.
         run: progress in bytes.
 
     Raises:
-        UsageError: `resume` without a recipe.
+        UsageError: `resume` without a recipe; `max_memory` that is too little, with what is needed.
         OutputError: the place is taken, is an input's, cannot be written, or the disk is too small; or what a stopped
             run left is of another merge.
         CheckpointError: an input has entries that are NaN or infinite; nothing is left behind.
@@ -79,16 +82,17 @@ def save(
     _check_apart(path, tvs)
     patched = delta if isinstance(delta, Merged) else None
     vector = delta.shared if isinstance(delta, Merged) else delta
-    weights = tvs.base if patched else add(tvs.base, vector, dtype=dtype)
-    need = weights.nbytes + sum(head.nbytes for head in tvs.heads.values()) + (patched.nbytes if patched else 0)
+    weights, *others = to_write(tvs, delta, dtype=dtype)
+    work = plan(weights, *others, shard=shard, chunk=chunk, threads=threads, max_memory=max_memory)
+    need = work.writes + sum(head.nbytes for head in tvs.heads.values())
     key = None if recipe is None else _key(tvs, recipe, weights, shard)
     with resumable_folder(path, need=need, key=key, resume=resume) as (folder, journal):
         side = copy_side_files(tvs.base, folder, dtype=None if patched else dtype)
         files = write_weights(
-            folder, weights, shard=shard, chunk=chunk, threads=threads, run=run, journal=journal
-        )  # fmt: skip
+            folder, weights, shard=shard, chunk=work.chunk, threads=work.threads, run=run, journal=journal
+        )
         if patched:
-            files |= write_merged(folder, patched, shard=shard, chunk=chunk, threads=threads, run=run)
+            files |= write_merged(folder, patched, shard=shard, chunk=work.chunk, threads=work.threads, run=run)
         for task, head in tvs.heads.items():
             files |= _write_head(folder, tvs, task, head)
         if card:
@@ -110,6 +114,13 @@ def save(
         if also is not None:
             also(folder)
     return manifest
+
+
+def to_write(tvs: TaskVectors, delta: Weights | Merged, *, dtype: torch.dtype | None = None) -> list[Weights]:
+    """The weights that `save` writes: one model, or of a `Merged` the base, the shared vector and the patches."""
+    if isinstance(delta, Merged):
+        return [tvs.base, delta.shared, *(patch.stored for patch in delta.patches.values())]
+    return [add(tvs.base, delta, dtype=dtype)]
 
 
 def export(folder: str | Path, task: str, out: str | Path, *, run: Run | None = None) -> Path:
@@ -165,7 +176,7 @@ def finished_before(path: Path, tvs: TaskVectors, recipe: Mapping[str, Any]) -> 
     """The manifest of the folder at `path`, if it is the whole result of this very merge."""
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-        same = manifest["recipe"] == recipe and manifest["inputs"] == input_hashes(tvs)
+        same = _content(manifest["recipe"]) == _content(recipe) and manifest["inputs"] == input_hashes(tvs)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return manifest if same else None
@@ -204,10 +215,17 @@ def hashes(weights: Weights) -> dict[str, str]:
     return {"tensors": digest.hexdigest()}
 
 
+def _content(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe decides about the bytes: all but where they go and what memory they may take."""
+    out = recipe.get("out")
+    kept = {k: v for k, v in out.items() if k in ("dtype", "shard")} if isinstance(out, Mapping) else {}
+    return {**recipe, "out": kept}
+
+
 def _key(tvs: TaskVectors, recipe: Mapping[str, Any], weights: Weights, shard: str | int) -> dict[str, str]:
     """All that the bytes depend on, by what a message calls it."""
     return {
-        "recipe": digest(recipe),
+        "recipe": digest(_content(recipe)),
         "base": tvs.base.fingerprint,
         **{f"expert '{task}'": expert.fingerprint for task, expert in tvs.experts.items()},
         "dtype": digest([spec.dtype for spec in weights.specs.values()]),

@@ -58,10 +58,15 @@ def report(found: "Report", folder: "Path", *, as_json: bool) -> None:
     text(f"report: {folder / 'report.html'}")
 
 
-def plan(found: Mapping[str, Any]) -> None:
+def preview(found: Mapping[str, Any]) -> None:
     """What a merge is going to do."""
     from rich.filesize import decimal
 
+    memory = f"{decimal(found['memory'])} at most" if found["memory"] else found["held"] or "not known before the fit"
+    reads = f"{decimal(found['inputs'])} of base and experts"
+    if found["passes"]:
+        times = "once" if found["passes"] == 1 else f"{found['passes']} times"
+        reads += f", {times}: {decimal(found['reads'])}"
     rows = [
         ["merge", " -> ".join(found["steps"])],
         ["experts", ", ".join(found["tasks"])],
@@ -69,11 +74,16 @@ def plan(found: Mapping[str, Any]) -> None:
         *(["not merged", f"{n} tensors: {reason}"] for reason, n in found["skipped"].items()),
         ["heads", ", ".join(f"{task} {n}" for task, n in found["heads"].items() if n) or "none"],
         ["data", "unlabelled pools" if found["learns"] else "none"],
-        ["reads", f"{decimal(found['reads'])} in one pass over base and experts"],
-        ["writes", decimal(found["writes"])],
+        ["reads", reads],
+        ["writes", f"{decimal(found['writes'])} in {found['files']} file{'s' if found['files'] > 1 else ''}"],
+        ["memory", f"{memory} (class {found['kind']}{_threads(found)})"],
         ["out", found["out"] or "not said: name a folder with --out"],
     ]
     table(["", ""], rows)
+
+
+def _threads(found: Mapping[str, Any]) -> str:
+    return f", {found['threads']} thread{'s' if found['threads'] > 1 else ''}" if found["threads"] else ""
 
 
 def merged(manifest: Mapping[str, Any], where: str) -> None:

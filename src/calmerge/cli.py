@@ -102,6 +102,13 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, read no tensor.")
     ] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the base's if not given.")
+    ] = None,
+    shard: Annotated[str | None, typer.Option("--shard", help="The most that one file holds, as in 5GB.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", help="Private memory that the process may take, as in 2GB.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from what a stopped run of the same merge had finished.")
     ] = False,
@@ -114,13 +121,13 @@ def merge(
     versions and hashes. It appears when it is whole. What a stopped run had finished is kept beside it: call again with
     --resume to go on from there, or without to begin anew.
     """
-    from calmerge._recipe_run import open_inputs, plan, run_recipe
-    from calmerge.recipe import load_recipe
+    from calmerge._recipe_run import open_inputs, preview, run_recipe
+    from calmerge.recipe import load_recipe, with_out
 
-    checked = load_recipe(recipe)
+    checked = with_out(load_recipe(recipe), dtype=dtype, shard=shard, max_memory=max_memory)
     if dry_run:
-        found = plan(checked, open_inputs(checked)).to_dict() | ({"out": str(out)} if out else {})
-        _show().emit(found, as_json, lambda: _show().plan(found))
+        found = preview(checked, open_inputs(checked)).to_dict() | ({"out": str(out)} if out else {})
+        _show().emit(found, as_json, lambda: _show().preview(found))
         return
     manifest = run_recipe(checked, out=out, resume=resume, command=_command(), run=_run(quiet))
     where = out or checked.out.path
@@ -241,19 +248,27 @@ def validate(
 ) -> None:
     """Example: calmerge validate recipe.yaml
 
-    Names every mistake with its line, and checks that the files are there and the checkpoints fit, from headers alone.
+    Names every mistake with its line, checks that the files are there and the checkpoints fit, and prints the plan:
+    what is merged, passes, bytes and memory. From headers alone; 'merge --dry-run' is the same with merge's options.
     """
     from calmerge._yaml import load
 
     if load(file).get("suite") is not None:
         found = _validate_suite(file)
     else:
-        from calmerge._recipe_run import open_inputs, plan
+        from calmerge._recipe_run import open_inputs, preview
         from calmerge.recipe import load_recipe
 
         checked = load_recipe(file)
-        found = plan(checked, open_inputs(checked)).to_dict()
-    _show().emit(found, as_json, lambda: typer.echo(f"{file.name} is fine: {', '.join(found['tasks'])}."))
+        found = preview(checked, open_inputs(checked)).to_dict()
+
+    def show() -> None:
+        typer.echo(f"{file.name} is fine: {', '.join(found['tasks'])}.")
+        if "steps" in found:
+            typer.echo()
+            _show().preview(found)
+
+    _show().emit(found, as_json, show)
 
 
 @app.command(short_help="Write one task's full model.")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from calmerge._errors import UsageError, did_you_mean
 from calmerge._pipe import Methods, Step, Surroundings, build_pipe, check_pipe, needs_tasks, read_pipe, walk
 from calmerge._signature import Seed, check, options_of, raise_together
+from calmerge._size import bytes_of
 from calmerge._yaml import Data, Node, dump, from_data, load
 from calmerge.suites.suite import Suite, check_splits, lines_of, load_suite, located, read_model, read_tasks
 
@@ -34,11 +35,13 @@ class Out:
         path: a folder that does not exist yet; None if the command line says.
         dtype: of the floating tensors; the base's own if None.
         shard: largest size of one file, such as "5GB".
+        max_memory: private memory that the process may take, such as "2GB"; None for no limit.
     """
 
     path: Path | None = None
     dtype: DType | None = None
     shard: str | int | None = None
+    max_memory: str | int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,25 @@ def build(
         return given
 
     return merge
+
+
+def with_out(recipe: Recipe, **options: Any) -> Recipe:
+    """The recipe with some keys of its `out` given anew, as a command line does; those that are None stay.
+
+    Raises:
+        UsageError: an option that cannot be.
+
+    >>> data = {"base": "./base", "experts": {"a": "./a"}, "merge": "average", "out": "merged"}
+    >>> with_out(recipe_from_dict(data), shard="1GB", dtype=None).to_dict()["out"]
+    {'path': 'merged', 'shard': '1GB'}
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    if not given:
+        return recipe
+    raise_together(_faults_of_out(given, {}))
+    written = recipe.data.get("out")
+    before = written if isinstance(written, dict) else {"path": written} if written else {}
+    return replace(recipe, out=replace(recipe.out, **given), data={**recipe.data, "out": {**before, **given}})
 
 
 # Reading -------------------------------------------------------------------------------------------------------
@@ -310,12 +332,23 @@ def _read_out(node: Node | None, folder: Path, problems: list[str]) -> Out:
     plain = node.plain()
     options = plain if isinstance(plain, dict) else {"path": plain}
     lines = node.lines() if node.is_mapping() else {"": node.where}
-    faults = check(Out, options, lines, name="out", noun="key")
+    faults = _faults_of_out(options, lines)
     problems += faults
     if faults:
         return Out()
     path = options.get("path")
     return Out(**{**options, "path": folder / Path(str(path)).expanduser() if path else None})  # type: ignore[arg-type]
+
+
+def _faults_of_out(options: Mapping[str, Any], lines: Mapping[str, str]) -> list[str]:
+    faults = check(Out, options, lines, name="out", noun="key")
+    for key in ("shard", "max_memory"):
+        try:
+            if options.get(key) is not None and not faults:
+                bytes_of(options[key], f"out.{key}")
+        except UsageError as e:
+            faults.append(f"{lines[key]}: {e}" if key in lines else str(e))
+    return faults
 
 
 def _table(methods: Methods | None) -> Methods:
