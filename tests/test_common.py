@@ -62,6 +62,15 @@ class Row:
 ADAMERGING = {"steps": 2, "batch": 8, "lr": 0.05}
 
 TABLE = {
+    "breadcrumbs": Row({"keep": 0.5, "outliers": 0.1}, single=({"keep": 1.0, "outliers": 0.0}, 0.2)),
+    "magmax": Row(single=({}, 0.5)),
+    "middle": Row({"keep": 0.5, "outliers": 0.1}, single=({"keep": 1.0, "outliers": 0.0}, 1.0)),
+    "negate": Row(single=({}, -1.0)),
+    "pcb": Row({"keep": 0.5}, single=({"keep": 1.0, "clip": 0.0, "scale": 1.0}, 1.0)),
+    "ram": Row(scales=False),
+    "ram_plus": Row(scales=False),
+    "weigh": Row({"weights": {"b": 0.5}}, single=({"weights": {"b": 0.5}}, 0.5)),
+    "weighted_average": Row({"weights": {"b": 0.5}}, single=({"weights": {"b": 0.5}}, 1.0)),
     "adamerging": Row(ADAMERGING, scales=False, single=({"steps": 0}, 0.3), learns=True, random=True),
     "adamerging_pp": Row(
         ADAMERGING | {"keep": 0.5}, scales=False, single=({"steps": 0, "keep": 1.0}, 0.3), learns=True, random=True
@@ -87,6 +96,7 @@ TABLE = {
         single=({"mask_steps": 0, "steps": 0, "evaluation": "expected"}, 0.3), learns=True, random=True,
     ),
     "dare": Row({"rate": 0.5}, single=({"rate": 0.0}, 0.3), random=True),
+    "dare_ties": Row({"rate": 0.5, "keep": 0.4}, single=({"rate": 0.0, "keep": 1.0}, 1.0), random=True),
     "distillation": Row(
         {"steps": 2, "batch": 8, "lr": 0.01}, scales=False, single=({"steps": 0}, 1.0), learns=True, random=True
     ),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from calmerge.methods.adamerging import adamerging_pp as adamerging_pp
     from calmerge.methods.arcee_fusion import arcee_fusion as arcee_fusion
     from calmerge.methods.average import average as average
+    from calmerge.methods.breadcrumbs import breadcrumbs as breadcrumbs
     from calmerge.methods.calm import calm as calm
     from calmerge.methods.core_space import core_space as core_space
     from calmerge.methods.concrete import concrete_adamerging as concrete_adamerging
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from calmerge.methods.dare import dare as dare
     from calmerge.methods.della import della as della
     from calmerge.methods.della import della_linear as della_linear
+    from calmerge.methods.dare import dare_ties as dare_ties
     from calmerge.methods.distillation import distillation as distillation
     from calmerge.methods.emr import emr as emr
     from calmerge.methods.frank_wolfe import frank_wolfe as frank_wolfe
@@ -61,6 +63,10 @@ if TYPE_CHECKING:
     from calmerge.methods.nuslerp import nuslerp as nuslerp
     from calmerge.methods.passthrough import passthrough as passthrough
     from calmerge.methods.sce import sce as sce
+    from calmerge.methods.magmax import magmax as magmax
+    from calmerge.methods.pcb import pcb as pcb
+    from calmerge.methods.ram import ram as ram
+    from calmerge.methods.ram import ram_plus as ram_plus
     from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.tall_masks import consensus as consensus
     from calmerge.methods.tall_masks import tall_masks as tall_masks
@@ -79,6 +85,7 @@ if TYPE_CHECKING:
     from calmerge.methods.ties import ties as ties
     from calmerge.methods.tsv_m import tsv_m as tsv_m
     from calmerge.methods.wudi import wudi as wudi
+    from calmerge.methods.weighted_average import weighted_average as weighted_average
     from calmerge.pieces.mask import load_masks as load_masks
     from calmerge.suites.suite import load_suite as load_suite
     from calmerge.tasks.base import Task as Task
@@ -113,12 +120,14 @@ _HOME = {
     "add": "_weights",
     "arcee_fusion": "methods.arcee_fusion",
     "average": "methods.average",
+    "breadcrumbs": "methods.breadcrumbs",
     "calm": "methods.calm",
     "consensus": "methods.tall_masks",
     "core_space": "methods.core_space",
     "dare": "methods.dare",
     "della": "methods.della",
     "della_linear": "methods.della",
+    "dare_ties": "methods.dare",
     "distillation": "methods.distillation",
     "emr": "methods.emr",
     "cart": "methods.cart",
@@ -143,6 +152,7 @@ _HOME = {
     "load_suite": "suites.suite",
     "localize_and_stitch": "methods.localize_and_stitch",
     "localize_and_stitch_dataless": "methods.localize_and_stitch",
+    "magmax": "methods.magmax",
     "materialise": "_task_vectors",
     "merge": "_merge",
     "model_stock": "methods.model_stock",
@@ -157,6 +167,9 @@ _HOME = {
     "open_merged": "_merged",
     "open_suite": "tasks.hf",
     "passthrough": "methods.passthrough",
+    "pcb": "methods.pcb",
+    "ram": "methods.ram",
+    "ram_plus": "methods.ram",
     "save": "_save",
     "sce": "methods.sce",
     "slerp": "methods.slerp",
@@ -166,6 +179,7 @@ _HOME = {
     "ties": "methods.ties",
     "tsv_m": "methods.tsv_m",
     "wudi": "methods.wudi",
+    "weighted_average": "methods.weighted_average",
 }
 
 __all__ = sorted(_HOME)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from calmerge import TaskVectors, UsageError, add, average, dare, task_arithmetic, task_vectors, ties
+from calmerge import TaskVectors, UsageError, add, average, dare, dare_ties, task_arithmetic, task_vectors, ties
 from calmerge._random import uniform
 from calmerge.pieces import trim
 from calmerge.pieces.drop import drop_and_rescale
@@ -129,3 +129,30 @@ def test_dare_ties_with_a_trim_is_not_the_one_without() -> None:
 def test_a_percentage_is_refused_in_a_plain_call_too(rate: float) -> None:
     with pytest.raises(UsageError, match=r"dare.rate must (lie in \[0, 1\]|be a finite number)"):
         dare(ones(4, "a"), rate=rate)
+
+
+def test_two_algorithms_are_called_dare_ties() -> None:
+    """Of five entries the trim keeps two (int(5 K) + 1 with K = 0.2); without it the election sees them all."""
+    a, b = torch.tensor([5.0, -4, 3, 2, 1]), torch.tensor([-4.0, -5, 1, 2, 3])
+    tvs = task_vectors({"w": torch.zeros(5)}, {"a": {"w": a}, "b": {"w": b}})
+    assert dare_ties(tvs, rate=0.0, keep=0.2)["w"].tolist() == [5, -4.5, 0, 0, 0]
+    assert dare_ties(tvs, rate=0.0, keep=0.2, trimmed=False)["w"].tolist() == [5, -4.5, 2, 2, 2]
+
+
+def test_dare_ties_is_its_steps_by_hand() -> None:
+    tvs = ones(100, "a", "b")
+    by_hand = ties(drop_and_rescale(tvs, rate=0.5, seed=7), keep=0.2, scale=0.5, combine="sum")
+    assert torch.equal(dare_ties(tvs, rate=0.5, keep=0.2, scale=0.5, combine="sum", seed=7)["w"], by_hand["w"])
+
+
+def test_drop_only_is_an_option_of_the_method() -> None:
+    assert torch.unique(dare(ones(1000, "a"), rate=0.75, rescale=False, inner=average)["w"]).tolist() == [0, 1]
+
+
+def test_dropping_by_magnitude_is_a_trim_of_every_tensor() -> None:
+    """The ablation drops the int(n p) smallest of each tensor, and what is left is not rescaled."""
+    base = {"u": torch.zeros(4), "v": torch.zeros(4)}
+    tvs = task_vectors(base, {"a": {"u": torch.tensor([1.0, -2, 3, 4]), "v": torch.tensor([0.1, 0.2, -0.3, 0.4])}})
+    kept = trim(tvs, keep=1 - 0.5, scope="tensor")
+    assert kept["u"][0].tolist() == [0, 0, 3, 4]
+    assert (kept["v"][0] != 0).tolist() == [False, False, True, True]

@@ -18,11 +18,14 @@ from calmerge import (
     add,
     average,
     dare,
+    dare_ties,
     emr,
+    magmax,
     tall_masks,
     task_arithmetic,
     task_vectors,
     ties,
+    weighted_average,
 )
 from calmerge.methods.ties import ties_split
 from calmerge.tasks.base import Batch, Task, Tasks
@@ -57,6 +60,10 @@ def close(ours: Tensor, stored: Tensor, described: dict[str, Any]) -> None:
         ("task_arithmetic_T3", partial(task_arithmetic, scale=0.3)),
         ("task_arithmetic_T5", partial(task_arithmetic, scale=0.3)),
         ("expo_T3", partial(task_arithmetic, scale=1.3 / 3)),  # the mean, moved on by 0.3 of its way from the base
+        ("weighted_average_raw_T2", partial(weighted_average, weights={"1": 0.9, "2": -0.2}, normalise=False)),
+        ("weighted_average_normalized_T3", partial(weighted_average, weights={"1": 0.6, "2": 0.3, "3": 0.45})),
+        ("magmax_T2", partial(magmax, scale=0.5)),
+        ("magmax_T3", partial(magmax, scale=0.5)),
         ("ties_mean_K20_T3", partial(ties, keep=0.2, scale=1.0)),
         ("ties_mean_K0p1_T5", partial(ties, keep=0.1, scale=1.0)),
         ("ties_sum_K20_T2", partial(ties, keep=0.2, scale=0.3, combine="sum")),
@@ -64,6 +71,7 @@ def close(ours: Tensor, stored: Tensor, described: dict[str, Any]) -> None:
         ("ties_sum_K20_T5", partial(ties, keep=0.2, scale=0.3, combine="sum")),
         ("ties_max_K30_T3", partial(ties, keep=0.3, scale=0.3, combine="max")),
         ("dare_task_arithmetic_ratio0_T3", partial(dare, rate=0.0, inner=partial(task_arithmetic, scale=0.3))),
+        ("dare_ties_ratio0_T3", partial(dare_ties, rate=0.0, keep=0.2, scale=0.5, combine="sum")),
         ("dare_ties_ratio0_T3", partial(dare, rate=0.0, inner=partial(ties, keep=0.2, scale=0.5, combine="sum"))),
     ],
 )

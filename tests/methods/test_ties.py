@@ -129,3 +129,22 @@ def test_the_split_before_merging() -> None:
 def test_a_percentage_is_refused_in_a_plain_call_too(call: Callable[..., object], keep: float) -> None:
     with pytest.raises(UsageError, match=r"(ties|ties_split|trim).keep must lie in \(0, 1\], got"):
         call(vectors(a=[1.0, 2.0]), keep=keep)
+
+
+def test_per_tensor_thresholds_keep_exactly_their_share_of_every_tensor() -> None:
+    """One of five in A and in B: what mergekit and PEFT do, not the paper."""
+    merged = ties(task_vectors(ZERO, {"one": ONE, "two": TWO}), keep=0.2, scope="tensor")
+    near(merged["A"], torch.tensor([0.9, 0.5, 0, 0, 0]))
+    near(merged["B"], torch.tensor([-0.2, 0, 0, 0, 0]))
+
+
+def test_a_tensor_too_small_for_its_share_keeps_one_entry() -> None:
+    assert trim(vectors(a=[3.0, -4.0]), keep=0.1, scope="tensor")["w"].tolist() == [[0.0, -4.0]]
+
+
+def test_signs_may_be_elected_by_shares_of_each_vector_s_norm() -> None:
+    """a is short: its 1 of norm^2 2 is a half; b's 3 of 9 + 16 is 0.36, and c's too: they win together, not alone."""
+    tvs = vectors(a=[1.0, 1.0], b=[-3.0, 4.0], c=[-3.0, 4.0])
+    assert ties(tvs, keep=1.0)["w"].tolist() == [-3.0, 3.0]
+    assert ties(tvs, keep=1.0, signs="normmass")["w"].tolist() == [-3.0, 3.0]
+    assert ties(tvs, keep=1.0, signs="normfrac")["w"].tolist() == [1.0, 3.0]

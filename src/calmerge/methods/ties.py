@@ -15,6 +15,8 @@ def ties(
     keep: KeepFraction = 0.2,
     scale: Annotated[float, Interval()] = 1.0,
     combine: Literal["mean", "sum", "max"] = "mean",
+    scope: Literal["model", "tensor"] = "model",
+    signs: Literal["mass", "normmass", "normfrac"] = "mass",
 ) -> Weights:
     """Trim each task vector, elect a sign for every entry, merge the entries that have it.
 
@@ -26,6 +28,10 @@ def ties(
         keep: K, fraction of entries kept per task, counted over all merged tensors together, in (0, 1].
         scale: lambda; 1 with `mean`. The "TIES" row of many papers is `combine="sum", scale=0.3`.
         combine: `mean` over the entries that agree, their `sum`, or the one of largest magnitude (`max`).
+        scope: entries compete over the whole `model` (the paper), or within each `tensor` (mergekit, PEFT), where
+            exactly int(n K) stay, at least one.
+        signs: elected by the sum over tasks (`mass`, the paper), or by two other rules of the official code; see
+            `elect`.
 
     >>> import torch; from calmerge import task_vectors
     >>> a, b = torch.tensor([3.0, -1.0, 2.0, 0.0, 0.0]), torch.tensor([-2.0, -4.0, 0.0, 0.0, 1.0])
@@ -37,9 +43,9 @@ def ties(
     Differences: as the official code, the threshold is global, k = d - int(d K) counts from the smallest, entries equal
     to it stay, and a sum of 0 takes the model's majority sign. keep = 1 keeps all (the official parser fails on it).
     """
-    raise_together(check(ties, {"keep": keep, "scale": scale, "combine": combine}))
-    trimmed = trim(tvs, keep=keep)
-    merged = disjoint(trimmed, elect(trimmed), combine=combine)
+    raise_together(check(ties, {"keep": keep, "scale": scale, "combine": combine, "scope": scope, "signs": signs}))
+    trimmed = trim(tvs, keep=keep, scope=scope)
+    merged = disjoint(trimmed, elect(trimmed, by=signs), combine=combine)
     return merged.map(lambda tau, site: tau * scale)
 
 

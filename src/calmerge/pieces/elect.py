@@ -8,27 +8,48 @@ from torch import Tensor
 from calmerge._measure import total
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
-from calmerge.pieces.blend import summed
+from calmerge.pieces.blend import per_task, summed
 
 
-def elect(tvs: TaskVectors) -> Weights:
+def elect(tvs: TaskVectors, *, by: Literal["mass", "normmass", "normfrac"] = "mass") -> Weights:
     """The elected sign of every entry, in {-1, 0, 1}: the sign of the sum over tasks.
 
     s_p = sign(sum_t tau_t,p). Where the sum is 0 (exact cancellation, or nothing left by trimming) s_p is the majority
     sign of the whole model, sign(sum_p s_p); if that is 0 too, s_p stays 0.
+
+    Args:
+        tvs: task vectors, usually trimmed.
+        by: `mass` is the sum; `normmass` that of signs weighed by an entry's share of its vector's squared norm,
+            tau_t,p^2 / ||tau_t||^2; `normfrac` the sign of the entry with the largest such share, plus where two are
+            equal.
 
     >>> import torch; from calmerge import task_vectors
     >>> experts = {"a": {"w": torch.tensor([1.0, 2.0, 3.0])}, "b": {"w": torch.tensor([-1.0, 2.0, -4.0])}}
     >>> elect(task_vectors({"w": torch.zeros(3)}, experts))["w"]
     tensor([ 0.,  1., -1.])
     """
-    signs = tvs.reduce(lambda tau, site: summed(tau).sign())
+    if by == "mass":
+        signs = tvs.reduce(lambda tau, site: summed(tau).sign())
+    else:
+        norms = total(tvs, lambda tau: tau.reshape(len(tau), -1).double().square().sum(1))
+        shares = tvs.transform(_shares, norms)
+        choose = summed if by == "normmass" else _furthest
+        signs = shares.reduce(lambda share, site: choose(share).sign())
     majority = total(signs, lambda s: s.sum(dtype=torch.float64))
 
     def settled(sign: Tensor, majority: Tensor, site: Site) -> Tensor:
         return torch.where(sign == 0, majority.sign().to(sign), sign)
 
     return signs.map(settled, majority)
+
+
+def _shares(tau: Tensor, norms: Tensor, site: Site) -> Tensor:
+    return tau * tau.abs() / per_task(norms.where(norms > 0, 1.0), tau)
+
+
+def _furthest(share: Tensor) -> Tensor:
+    high, low = share.amax(0), share.amin(0)
+    return torch.where(high >= -low, high, low)
 
 
 def agree(tvs: TaskVectors, signs: Weights) -> TaskVectors:

@@ -1,14 +1,17 @@
 """Keeping the entries of largest magnitude."""
 
+from typing import Literal
+
 from torch import Tensor
 
 from calmerge._measure import kth_magnitude
 from calmerge._signature import KeepFraction, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site
+from calmerge.pieces.largest import keep_largest
 
 
-def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2) -> TaskVectors:
+def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2, scope: Literal["model", "tensor"] = "model") -> TaskVectors:
     """Task vectors with all but the largest entries set to 0, the threshold counted per task over the whole model.
 
     tau_hat = tau where |tau| >= the k-th smallest |tau|, k = d - int(d * keep); entries equal to it stay, so that
@@ -17,6 +20,9 @@ def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2) -> TaskVectors:
     Args:
         tvs: task vectors.
         keep: fraction of entries kept per task, in (0, 1]; 1 keeps all.
+        scope: entries compete over the whole `model` as in the official code, or within each `tensor`: there exactly
+            int(n * keep) stay, at least one, as in mergekit and PEFT. With 1 - p for `keep` that is DARE's ablation
+            that drops by magnitude.
 
     >>> import torch; from calmerge import task_vectors
     >>> tvs = task_vectors({"w": torch.zeros(5)}, {"a": {"w": torch.tensor([3.0, -1.0, 2.0, 0.0, 0.5])}})
@@ -26,7 +32,9 @@ def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2) -> TaskVectors:
     Source: the first step of TIES (Yadav, Tam, Choshen, Raffel, Bansal, NeurIPS 2023); prateeky2806/ties-merging
     (BSD-3-Clause).
     """
-    raise_together(check(trim, {"keep": keep}))
+    raise_together(check(trim, {"keep": keep, "scope": scope}))
+    if scope == "tensor":
+        return keep_largest(tvs, lambda n: [max(1, int(n * keep))])
     d = tvs.numel
     rank = d - int(d * keep)
     if rank <= 0:
