@@ -115,12 +115,8 @@ TABLE = {
     "emr": Row(),
     "iso_c": Row(single=None, rounds=True),
     "iso_cts": Row(single=None, rounds=True),
-    "mergekit_linear": Row({"weight": [0.5]}, single=({"weight": [2.0]}, 1.0)),
-    "mergekit_task_arithmetic": Row({"weight": [0.5]}, single=({"weight": [0.5]}, 0.5)),
-    "mergekit_ties": Row({"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 1.0)),
     "lines": Row({"beta": 0.5}, single=({"beta": 0.0}, 1.0)),
     "model_stock": Row(rounds=True),
-    "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
     "localize_and_stitch": Row(
         {"steps": 20, "batch": 8, "share": 0.3}, scales=False, single=None, learns=True, random=True
     ),

@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from calmerge.methods.average import average as average
     from calmerge.methods.breadcrumbs import breadcrumbs as breadcrumbs
     from calmerge.methods.calm import calm as calm
-    from calmerge.methods.core_space import core_space as core_space
+    from calmerge.methods.cart import cart as cart
     from calmerge.methods.concrete import concrete_adamerging as concrete_adamerging
     from calmerge.methods.concrete import concrete_task_arithmetic as concrete_task_arithmetic
+    from calmerge.methods.core_space import core_space as core_space
     from calmerge.methods.dam import attack_success_rate as attack_success_rate
     from calmerge.methods.dam import dam as dam
     from calmerge.methods.dare import dare as dare
@@ -46,22 +47,23 @@ if TYPE_CHECKING:
     from calmerge.methods.della import della_linear as della_linear
     from calmerge.methods.dare import dare_ties as dare_ties
     from calmerge.methods.distillation import distillation as distillation
+    from calmerge.methods.doge import doge as doge
+    from calmerge.methods.doge import doge_vectors as doge_vectors
     from calmerge.methods.emr import emr as emr
     from calmerge.methods.frank_wolfe import frank_wolfe as frank_wolfe
     from calmerge.methods.frank_wolfe import frank_wolfe_soft as frank_wolfe_soft
     from calmerge.methods.iso_c import iso_c as iso_c
-    from calmerge.methods.lines import lines as lines
-    from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
-    from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
-    from calmerge.methods.peft import peft as peft
+    from calmerge.methods.iso_cts import iso_cts as iso_cts
     from calmerge.methods.karcher import karcher as karcher
     from calmerge.methods.lines import lines as lines
     from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
     from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
+    from calmerge.methods.model_stock import model_stock as model_stock
     from calmerge.methods.multislerp import multislerp as multislerp
     from calmerge.methods.nearswap import nearswap as nearswap
     from calmerge.methods.nuslerp import nuslerp as nuslerp
     from calmerge.methods.passthrough import passthrough as passthrough
+    from calmerge.methods.peft import peft as peft
     from calmerge.methods.sce import sce as sce
     from calmerge.methods.magmax import magmax as magmax
     from calmerge.methods.pcb import pcb as pcb
@@ -70,17 +72,6 @@ if TYPE_CHECKING:
     from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.tall_masks import consensus as consensus
     from calmerge.methods.tall_masks import tall_masks as tall_masks
-    from calmerge.methods.cart import cart as cart
-    from calmerge.methods.dare import dare as dare
-    from calmerge.methods.distillation import distillation as distillation
-    from calmerge.methods.doge import doge as doge
-    from calmerge.methods.doge import doge_vectors as doge_vectors
-    from calmerge.methods.iso_c import iso_c as iso_c
-    from calmerge.methods.iso_cts import iso_cts as iso_cts
-    from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
-    from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
-    from calmerge.methods.model_stock import model_stock as model_stock
-    from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.task_arithmetic import task_arithmetic as task_arithmetic
     from calmerge.methods.ties import ties as ties
     from calmerge.methods.tsv_m import tsv_m as tsv_m
@@ -93,7 +84,6 @@ if TYPE_CHECKING:
     from calmerge.tasks.hf import HuggingFaceModel as HuggingFaceModel
     from calmerge.tasks.hf import open_suite as open_suite
     from calmerge.tasks.module import ModuleModel as ModuleModel
-
 
 _HOME = {
     "Adapter": "_lora",
@@ -119,35 +109,31 @@ _HOME = {
     "adapted": "_lora",
     "add": "_weights",
     "arcee_fusion": "methods.arcee_fusion",
+    "attack_success_rate": "methods.dam",
     "average": "methods.average",
     "breadcrumbs": "methods.breadcrumbs",
     "calm": "methods.calm",
+    "cart": "methods.cart",
+    "concrete_adamerging": "methods.concrete",
+    "concrete_task_arithmetic": "methods.concrete",
     "consensus": "methods.tall_masks",
     "core_space": "methods.core_space",
+    "dam": "methods.dam",
     "dare": "methods.dare",
     "della": "methods.della",
     "della_linear": "methods.della",
     "dare_ties": "methods.dare",
     "distillation": "methods.distillation",
-    "emr": "methods.emr",
-    "cart": "methods.cart",
-    "attack_success_rate": "methods.dam",
-    "average": "methods.average",
-    "calm": "methods.calm",
-    "concrete_adamerging": "methods.concrete",
-    "concrete_task_arithmetic": "methods.concrete",
-    "dam": "methods.dam",
-    "dare": "methods.dare",
-    "distillation": "methods.distillation",
     "doge": "methods.doge",
     "doge_vectors": "methods.doge",
+    "emr": "methods.emr",
     "export": "_save",
     "frank_wolfe": "methods.frank_wolfe",
     "frank_wolfe_soft": "methods.frank_wolfe",
     "iso_c": "methods.iso_c",
+    "iso_cts": "methods.iso_cts",
     "karcher": "methods.karcher",
     "lines": "methods.lines",
-    "iso_cts": "methods.iso_cts",
     "load_masks": "pieces.mask",
     "load_suite": "suites.suite",
     "localize_and_stitch": "methods.localize_and_stitch",
@@ -156,10 +142,6 @@ _HOME = {
     "materialise": "_task_vectors",
     "merge": "_merge",
     "model_stock": "methods.model_stock",
-    "open_checkpoint": "_checkpoint",
-    "open_merged": "_merged",
-    "open_suite": "tasks.hf",
-    "peft": "methods.peft",
     "multislerp": "methods.multislerp",
     "nearswap": "methods.nearswap",
     "nuslerp": "methods.nuslerp",
@@ -170,6 +152,7 @@ _HOME = {
     "pcb": "methods.pcb",
     "ram": "methods.ram",
     "ram_plus": "methods.ram",
+    "peft": "methods.peft",
     "save": "_save",
     "sce": "methods.sce",
     "slerp": "methods.slerp",
