@@ -109,11 +109,12 @@ class Adapted(Weights):
         base: what the adapter was put on.
         adapter: what was put on it.
         source: the adapter's tensors.
+        names: by name in the base, what the adapter calls the tensors that it changes.
         changed: names of the base's tensors that the adapter changes.
     """
 
     def __init__(self, base: Weights, adapter: Adapter, names: Mapping[str, str], dtype: torch.dtype | None) -> None:
-        self.base, self.adapter, self.source = base, adapter, adapter.source
+        self.base, self.adapter, self.source, self.names = base, adapter, adapter.source, dict(names)
         self.inputs = (base, adapter.source)
         self.elementwise = base.elementwise and adapter.elementwise
         self._updates = {n: _turned(u, n, base, adapter) for n, u in _under(adapter.updates, names).items()}
@@ -249,6 +250,8 @@ def adapted(base: Any, adapter: "Adapter | str | Path", *, dtype: torch.dtype | 
             f"'{adapter}' is no adapter: expected a folder with {CONFIG} and adapter_model.safetensors."
         )
     targets = list(dict.fromkeys([*what.updates, *what.shifts, *what.full]))
+    if what.config.data.get("ensure_weight_tying") and tied(on) and "lm_head.weight" in what.full:
+        targets.remove("lm_head.weight")  # a copy of the input embeddings, with which the base stores it
     names = aligned_names(targets, on.specs)
     for name, own in names.items():
         if own in what.updates or own in what.shifts:

@@ -79,7 +79,7 @@ def save(
     path = Path(path)
     if resume and recipe is None:
         raise UsageError("resume needs the recipe: nothing else tells whether a stopped run made the same merge.")
-    _check_apart(path, tvs)
+    check_apart(path, tvs)
     patched = delta if isinstance(delta, Merged) else None
     vector = delta.shared if isinstance(delta, Merged) else delta
     weights, *others = to_write(tvs, delta, dtype=dtype)
@@ -98,7 +98,7 @@ def save(
         if card:
             (folder / "README.md").write_text(card)
         manifest = {
-            "calmerge": _version(),
+            "calmerge": own_version(),
             "versions": versions(),
             "recipe": recipe,
             "inputs": input_hashes(tvs),
@@ -230,7 +230,7 @@ def _key(tvs: TaskVectors, recipe: Mapping[str, Any], weights: Weights, shard: s
         **{f"expert '{task}'": expert.fingerprint for task, expert in tvs.experts.items()},
         "dtype": digest([spec.dtype for spec in weights.specs.values()]),
         "shard size": str(bytes_of(shard)),
-        "version of calmerge or torch": digest([_version(), versions()]),
+        "version of calmerge or torch": digest([own_version(), versions()]),
     }
 
 
@@ -250,7 +250,7 @@ def _write_head(folder: Path, tvs: TaskVectors, task: str, head: Weights) -> dic
     return {str(f.relative_to(folder)): sha256(f) for f in sorted(place.iterdir())}
 
 
-def _check_apart(path: Path, tvs: TaskVectors) -> None:
+def check_apart(path: Path, tvs: TaskVectors) -> None:
     """The output is no input, and lies in none."""
     path = path.resolve()
     for label, weights in {"the base": tvs.base, **{f"expert '{t}'": w for t, w in tvs.experts.items()}}.items():
@@ -263,7 +263,8 @@ def _check_apart(path: Path, tvs: TaskVectors) -> None:
             raise OutputError(f"the output would lie inside {label} ({folder}); name a folder outside of it.")
 
 
-def _version() -> str:
+def own_version() -> str:
+    """That of calmerge."""
     from importlib.metadata import version
 
     return version("calmerge")
