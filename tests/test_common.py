@@ -144,19 +144,15 @@ TABLE = {
     "mergekit_della_linear": Row(
         {"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 0.5), random=True, rounds=True
     ),
-    "mergekit_linear": Row({"weight": [0.5]}, single=({"weight": [2.0]}, 1.0)),
     "mergekit_model_stock": Row(single=None, rounds=True),
     "mergekit_ram": Row(),
     "mergekit_ramplus_tl": Row(rounds=True, single=None),
     "mergekit_sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
-    "mergekit_task_arithmetic": Row({"weight": [0.5]}, single=({"weight": [0.5]}, 0.5)),
-    "mergekit_ties": Row({"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 1.0)),
     "multislerp": Row({"weight": [0.5]}, single=({"weight": [2.0]}, 1.0), rounds=True),
     "nearswap": Row({"t": 0.1}, permutes=False, scales=False, single=({"t": 10.0}, 1.0), experts=1),
     "nuslerp": Row({"weight": [0.3, 0.7]}, permutes=False, single=None, experts=2, rounds=True),
     "passthrough": Row(permutes=False, experts=1),
     "sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
-    "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
     "tall_masks": Row(),
     "peft": Row(
         {"combination": "dare_linear", "density": 0.5}, single=({"combination": "svd"}, 1.0), random=True

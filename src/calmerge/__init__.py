@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from calmerge.methods.dam import attack_success_rate as attack_success_rate
     from calmerge.methods.dam import dam as dam
     from calmerge.methods.dare import dare as dare
+    from calmerge.methods.dare import dare_ties as dare_ties
     from calmerge.methods.della import della as della
     from calmerge.methods.della import della_linear as della_linear
-    from calmerge.methods.dare import dare_ties as dare_ties
     from calmerge.methods.distillation import distillation as distillation
     from calmerge.methods.doge import doge as doge
     from calmerge.methods.doge import doge_vectors as doge_vectors
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from calmerge.methods.lines import lines as lines
     from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
     from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
+    from calmerge.methods.magmax import magmax as magmax
     from calmerge.methods.model_stock import model_stock as model_stock
     from calmerge.methods.multislerp import multislerp as multislerp
     from calmerge.methods.nearswap import nearswap as nearswap
@@ -67,16 +68,18 @@ if TYPE_CHECKING:
     from calmerge.methods.sce import sce as sce
     from calmerge.methods.magmax import magmax as magmax
     from calmerge.methods.pcb import pcb as pcb
+    from calmerge.methods.peft import peft as peft
     from calmerge.methods.ram import ram as ram
     from calmerge.methods.ram import ram_plus as ram_plus
+    from calmerge.methods.sce import sce as sce
     from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.tall_masks import consensus as consensus
     from calmerge.methods.tall_masks import tall_masks as tall_masks
     from calmerge.methods.task_arithmetic import task_arithmetic as task_arithmetic
     from calmerge.methods.ties import ties as ties
     from calmerge.methods.tsv_m import tsv_m as tsv_m
-    from calmerge.methods.wudi import wudi as wudi
     from calmerge.methods.weighted_average import weighted_average as weighted_average
+    from calmerge.methods.wudi import wudi as wudi
     from calmerge.pieces.mask import load_masks as load_masks
     from calmerge.suites.suite import load_suite as load_suite
     from calmerge.tasks.base import Task as Task
@@ -123,6 +126,9 @@ _HOME = {
     "della": "methods.della",
     "della_linear": "methods.della",
     "dare_ties": "methods.dare",
+    "dare_ties": "methods.dare",
+    "della": "methods.della",
+    "della_linear": "methods.della",
     "distillation": "methods.distillation",
     "doge": "methods.doge",
     "doge_vectors": "methods.doge",
@@ -150,6 +156,7 @@ _HOME = {
     "open_suite": "tasks.hf",
     "passthrough": "methods.passthrough",
     "pcb": "methods.pcb",
+    "peft": "methods.peft",
     "ram": "methods.ram",
     "ram_plus": "methods.ram",
     "peft": "methods.peft",
@@ -161,8 +168,8 @@ _HOME = {
     "task_vectors": "_task_vectors",
     "ties": "methods.ties",
     "tsv_m": "methods.tsv_m",
-    "wudi": "methods.wudi",
     "weighted_average": "methods.weighted_average",
+    "wudi": "methods.wudi",
 }
 
 __all__ = sorted(_HOME)
