@@ -64,9 +64,6 @@ if TYPE_CHECKING:
     from calmerge.methods.nearswap import nearswap as nearswap
     from calmerge.methods.nuslerp import nuslerp as nuslerp
     from calmerge.methods.passthrough import passthrough as passthrough
-    from calmerge.methods.peft import peft as peft
-    from calmerge.methods.sce import sce as sce
-    from calmerge.methods.magmax import magmax as magmax
     from calmerge.methods.pcb import pcb as pcb
     from calmerge.methods.peft import peft as peft
     from calmerge.methods.ram import ram as ram
@@ -123,9 +120,6 @@ _HOME = {
     "core_space": "methods.core_space",
     "dam": "methods.dam",
     "dare": "methods.dare",
-    "della": "methods.della",
-    "della_linear": "methods.della",
-    "dare_ties": "methods.dare",
     "dare_ties": "methods.dare",
     "della": "methods.della",
     "della_linear": "methods.della",
@@ -159,7 +153,6 @@ _HOME = {
     "peft": "methods.peft",
     "ram": "methods.ram",
     "ram_plus": "methods.ram",
-    "peft": "methods.peft",
     "save": "_save",
     "sce": "methods.sce",
     "slerp": "methods.slerp",
