@@ -232,14 +232,16 @@ def _lines(node: Node) -> dict[str, str]:
 
 def _check_keys(node: Node, parts: Mapping[str, Any], methods: Methods, problems: list[str]) -> None:
     known = options_of(_keys_of_a_recipe)
+    misplaced = set()
     for key, part in node.items():
-        owners = [name for name, fn in methods.items() if key in options_of(fn)]
-        if key not in known and owners:
+        owners = [] if key in known else [name for name, fn in methods.items() if key in options_of(fn)]
+        if owners:
+            misplaced.add(key)
             problems.append(
                 f"{part.where}: '{key}' is an option of {' and '.join(owners[:2])}; write it there, as in "
                 f"merge: [{{{owners[0]}: {{{key}: {part.plain()}}}}}]."
             )
-    parts = {k: v for k, v in parts.items() if k in known or not any(k in options_of(f) for f in methods.values())}
+    parts = {key: value for key, value in parts.items() if key not in misplaced}
     problems += check(_keys_of_a_recipe, parts, node.lines(), name="recipe", noun="key")
 
 
