@@ -13,7 +13,7 @@ from calmerge._checkpoint import open_checkpoint
 from calmerge._errors import CheckpointError, UsageError, did_you_mean
 from calmerge._run import Run
 from calmerge._weights import Weights
-from calmerge._writer import write_json, write_weights
+from calmerge._writer import write_json, write_side_by_side
 
 _KINDS = {"mask": "pieces.patch:MaskPatch"}
 """Where the patches that can be read back are defined, by kind: "module:class"."""
@@ -122,13 +122,19 @@ def write_merged(
     """
     if merged.router is not None:
         raise UsageError("a merge with a router cannot be saved yet; save it without one, and name tasks yourself.")
-    parts = {"shared": merged.shared} | {f"patches/{task}": patch.stored for task, patch in merged.patches.items()}
+    groups: dict[object, dict[str, Weights]] = {}  # patches of one layout are written together
+    for task, patch in merged.patches.items():
+        stored = patch.stored
+        groups.setdefault(tuple(stored.specs.items()), {})[f"patches/{task}"] = stored
     hashes: dict[str, str] = {}
-    for name, weights in parts.items():
-        place = folder / name
-        place.mkdir(parents=True, exist_ok=True)
-        written = write_weights(place, weights, shard=shard, chunk=chunk, threads=threads, run=run)
-        hashes |= {f"{name}/{file}": hash for file, hash in written.items()}
+    for group in ({"shared": merged.shared}, *groups.values()):
+        for name in group:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        # an eighth of a chunk: a byte of a mask stands for eight entries
+        size = chunk if "shared" in group else max(1, chunk // 8)
+        places = {folder / name: weights for name, weights in group.items()}
+        written = write_side_by_side(places, shard=shard, chunk=size, threads=threads, run=run)
+        hashes |= {f"{p.relative_to(folder)}/{file}": sha for p, of in written.items() for file, sha in of.items()}
     for task, patch in merged.patches.items():
         write_json(folder / "patches" / task / "patch.json", {"kind": patch.kind})
     return hashes

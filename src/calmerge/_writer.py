@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from calmerge._folder import Journal
 from calmerge._measure import pending, settle, workers
 from calmerge._run import Run
 from calmerge._size import bytes_of
-from calmerge._weights import BLOCK, Weights, blocks
+from calmerge._weights import BLOCK, Memo, Weights, blocks
 
 MANIFEST = "calmerge.json"
 RECORDS = {MANIFEST, "expert.json", "report.json", "pretraining.json"}  # of how a folder came about; not its copies'
@@ -66,16 +68,39 @@ def write_weights(
         finishing: dict[str, Future[str]] = {}
         for file, names in files.items():
             if file not in hashes:
-                _write_file(folder / file, weights, names, chunk, pool, bar)
+                _write_files({folder / file: weights}, names, chunk, pool, bar)
                 finishing[file] = pool.submit(_finish, folder / file, journal)  # while the next one is written
         hashes |= {file: found.result() for file, found in finishing.items()}
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": weights.nbytes},
-            "weight_map": {name: file for file, names in files.items() for name in names},
-        }
-        write_json(folder / "model.safetensors.index.json", index)
+    _write_index(folder, weights, files)
     return {file: hashes[file] for file in files}
+
+
+def write_side_by_side(
+    parts: Mapping[Path, Weights], *, shard: str | int = "5GB", chunk: int = BLOCK,
+    threads: int | None = None, run: Run | None = None,
+) -> dict[Path, dict[str, str]]:  # fmt: skip
+    """As `write_weights`, for several folders whose weights have the same names, shapes and types.
+
+    Each block is computed for all of them before the next one, so that what they have in common is read once. Held in
+    memory: one chunk of all of them for each thread.
+
+    Args:
+        parts: by folder, which must exist, its weights.
+    """
+    run = run or Run()
+    first = next(iter(parts.values()))
+    assert all(weights.specs == first.specs for weights in parts.values())
+    files = shards(first, bytes_of(shard))
+    threads = threads or os.cpu_count() or 1
+    settle(parts.values(), threads=threads, run=run)
+    hashes: dict[Path, dict[str, str]] = {}
+    with run.progress.track("writing", first.nbytes * len(parts), "B") as bar, workers(threads) as pool:
+        for file, names in files.items():
+            _write_files({folder / file: weights for folder, weights in parts.items()}, names, chunk, pool, bar)
+        for folder, weights in parts.items():
+            hashes[folder] = dict(zip(files, pool.map(sha256, [folder / file for file in files]), strict=True))
+            _write_index(folder, weights, files)
+    return hashes
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -135,6 +160,15 @@ def _say_dtype(config: Path, dtype: str) -> None:
         write_json(config, {key: dtype if key in ("dtype", "torch_dtype") else value for key, value in said.items()})
 
 
+def _write_index(folder: Path, weights: Weights, files: Mapping[str, list[str]]) -> None:
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": weights.nbytes},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        write_json(folder / "model.safetensors.index.json", index)
+
+
 def shards(weights: Weights, limit: int) -> dict[str, list[str]]:
     """The tensors of every file, where a file holds up to `limit` bytes or one tensor.
 
@@ -179,7 +213,11 @@ def _finish(file: Path, journal: Journal | None) -> str:
     return found
 
 
-def _write_file(path: Path, weights: Weights, names: list[str], chunk: int, pool: ThreadPoolExecutor, bar: Any) -> None:
+def _write_files(
+    parts: Mapping[Path, Weights], names: list[str], chunk: int, pool: ThreadPoolExecutor, bar: Any
+) -> None:
+    """Write files of one layout, block by block; a block of all of them is computed together."""
+    weights = next(iter(parts.values()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for name in names:
@@ -191,25 +229,33 @@ def _write_file(path: Path, weights: Weights, names: list[str], chunk: int, pool
         end += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    part = weights.only_names(names)
-    with path.open("wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        f.truncate(8 + len(text) + end)
-        f.flush()
+    head = struct.pack("<Q", len(text)) + text
+    chosen = {path: whole.only_names(names) for path, whole in parts.items()}
+    with ExitStack() as stack:
+        opened = []
+        for path, part in chosen.items():
+            f = stack.enter_context(path.open("wb"))
+            f.write(head)
+            f.truncate(len(head) + end)
+            f.flush()
+            opened.append((f.fileno(), part))
 
         def place(block: tuple[str, slice]) -> int:
             name, rows = block
-            data = _raw(part.read(name, rows))
-            spec = part.specs[name]
+            spec = weights.specs[name]
             row_bytes = spec.nbytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
-            at = 8 + len(text) + starts[name] + (rows.start or 0) * row_bytes
-            view = memoryview(data)
-            while len(view):
-                written = os.pwrite(f.fileno(), view, at)
-                view, at = view[written:], at + written
-            return len(data)
+            start = len(head) + starts[name] + (rows.start or 0) * row_bytes
+            memo: Memo = {}
+            size = 0
+            for handle, part in opened:
+                view, at = memoryview(_raw(part.read(name, rows, memo))), start
+                size += len(view)
+                while len(view):
+                    written = os.pwrite(handle, view, at)
+                    view, at = view[written:], at + written
+            return size
 
-        for written in pool.map(place, blocks(part, chunk)):
+        for written in pool.map(place, blocks(next(iter(chosen.values())), chunk)):
             bar.advance(written)
 
 

@@ -34,7 +34,7 @@ def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2, scope: Literal["model", 
     """
     raise_together(check(trim, {"keep": keep, "scope": scope}))
     if scope == "tensor":
-        return keep_largest(tvs, lambda n: [max(1, int(n * keep))])
+        return keep_largest(tvs, lambda name, n: [max(1, int(n * keep))])
     d = tvs.numel
     rank = d - int(d * keep)
     if rank <= 0:
