@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from calmerge._signature import Count, Positive, check, raise_together
+from calmerge._signature import Count, Positive
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge.pieces.gram import Of, lengths, spanned
-from calmerge.pieces.per_model import PerModel, one_each
+from calmerge.pieces.per_model import PerModel, checked
 
 
 def karcher(
@@ -36,8 +36,8 @@ def karcher(
     Vectors of zeros count in the length, not in the direction; one opposite to u pulls nowhere. Of a tensor of one
     entry, which has no direction but its sign, the weighted mean is taken, the same where signs agree.
     """
-    raise_together(check(karcher, {"weight": weight, "max_iter": max_iter, "tol": tol, "of": of}))
-    share = torch.tensor(one_each(tvs, "karcher.weight", weight), dtype=torch.float64)
+    each = checked(karcher, tvs, {"weight": weight, "max_iter": max_iter, "tol": tol, "of": of})
+    share = torch.tensor(each["weight"], dtype=torch.float64)
     share = share / share.sum()
 
     def mean(gram: Tensor, name: str) -> Tensor:

@@ -5,12 +5,12 @@ from typing import Annotated
 
 from torch import Tensor
 
-from calmerge._signature import Interval, check, raise_together
+from calmerge._signature import Interval
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.fuse import fuse
 from calmerge.pieces.largest import among, largest
-from calmerge.pieces.per_model import FractionPerModel, PerModel, one_each
+from calmerge.pieces.per_model import FractionPerModel, PerModel, checked
 from calmerge.pieces.rescale import restore_l1
 
 
@@ -49,14 +49,10 @@ def mergekit_breadcrumbs(
     chosen by their place (see `largest`), there by an unstable sort.
     """
     given = {"weight": weight, "density": density, "gamma": gamma, "normalize": normalize, "rescale": rescale}
-    raise_together(check(mergekit_breadcrumbs, given | {"lambda_": lambda_}))
-    weights = one_each(tvs, "mergekit_breadcrumbs.weight", weight)
-    kept = keep_middle(
-        tvs,
-        one_each(tvs, "mergekit_breadcrumbs.density", density),
-        one_each(tvs, "mergekit_breadcrumbs.gamma", gamma),
-    )
-    return fuse(restore_l1(kept, tvs) if rescale else kept, weights, vote=False, normalize=normalize, scale=lambda_)
+    each = checked(mergekit_breadcrumbs, tvs, given | {"lambda_": lambda_})
+    kept = keep_middle(tvs, each["density"], each["gamma"])
+    kept = restore_l1(kept, tvs) if rescale else kept
+    return fuse(kept, each["weight"], vote=False, normalize=normalize, scale=lambda_)
 
 
 def mergekit_breadcrumbs_ties(
@@ -93,14 +89,10 @@ def mergekit_breadcrumbs_ties(
     Differences: as `mergekit_breadcrumbs`.
     """
     given = {"weight": weight, "density": density, "gamma": gamma, "normalize": normalize, "rescale": rescale}
-    raise_together(check(mergekit_breadcrumbs_ties, given | {"lambda_": lambda_}))
-    weights = one_each(tvs, "mergekit_breadcrumbs_ties.weight", weight)
-    kept = keep_middle(
-        tvs,
-        one_each(tvs, "mergekit_breadcrumbs_ties.density", density),
-        one_each(tvs, "mergekit_breadcrumbs_ties.gamma", gamma),
-    )
-    return fuse(restore_l1(kept, tvs) if rescale else kept, weights, vote=True, normalize=normalize, scale=lambda_)
+    each = checked(mergekit_breadcrumbs_ties, tvs, given | {"lambda_": lambda_})
+    kept = keep_middle(tvs, each["density"], each["gamma"])
+    kept = restore_l1(kept, tvs) if rescale else kept
+    return fuse(kept, each["weight"], vote=True, normalize=normalize, scale=lambda_)
 
 
 def keep_middle(tvs: TaskVectors, density: Sequence[float], gamma: Sequence[float]) -> TaskVectors:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from calmerge._random import uniform
-from calmerge._signature import Interval, Seed, check, raise_together
+from calmerge._signature import Interval, Seed
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.fuse import fuse
-from calmerge.pieces.per_model import FractionPerModel, PerModel, one_each
+from calmerge.pieces.per_model import FractionPerModel, PerModel, checked
 from calmerge.pieces.rescale import restore_l1
 
 
@@ -49,10 +49,10 @@ def mergekit_dare_linear(
     of (seed, tensor, task, entry).
     """
     given = {"weight": weight, "density": density, "normalize": normalize, "rescale": rescale, "lambda_": lambda_}
-    raise_together(check(mergekit_dare_linear, given | {"seed": seed}))
-    weights = one_each(tvs, "mergekit_dare_linear.weight", weight)
-    kept = keep_at_random(tvs, one_each(tvs, "mergekit_dare_linear.density", density), seed=seed)
-    return fuse(restore_l1(kept, tvs) if rescale else kept, weights, vote=False, normalize=normalize, scale=lambda_)
+    each = checked(mergekit_dare_linear, tvs, given | {"seed": seed})
+    kept = keep_at_random(tvs, each["density"], seed=seed)
+    kept = restore_l1(kept, tvs) if rescale else kept
+    return fuse(kept, each["weight"], vote=False, normalize=normalize, scale=lambda_)
 
 
 def mergekit_dare_ties(
@@ -87,10 +87,10 @@ def mergekit_dare_ties(
     Differences: from `dare` with `ties` inside (the DARE-TIES of the official code), nothing is trimmed by magnitude.
     """
     given = {"weight": weight, "density": density, "normalize": normalize, "rescale": rescale, "lambda_": lambda_}
-    raise_together(check(mergekit_dare_ties, given | {"seed": seed}))
-    weights = one_each(tvs, "mergekit_dare_ties.weight", weight)
-    kept = keep_at_random(tvs, one_each(tvs, "mergekit_dare_ties.density", density), seed=seed)
-    return fuse(restore_l1(kept, tvs) if rescale else kept, weights, vote=True, normalize=normalize, scale=lambda_)
+    each = checked(mergekit_dare_ties, tvs, given | {"seed": seed})
+    kept = keep_at_random(tvs, each["density"], seed=seed)
+    kept = restore_l1(kept, tvs) if rescale else kept
+    return fuse(kept, each["weight"], vote=True, normalize=normalize, scale=lambda_)
 
 
 def keep_at_random(tvs: TaskVectors, density: Sequence[float], *, seed: int) -> TaskVectors:

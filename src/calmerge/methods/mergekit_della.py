@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from calmerge._errors import UsageError
-from calmerge._signature import Interval, Seed, check, raise_together
+from calmerge._signature import Interval, Seed
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge.pieces.fuse import fuse
 from calmerge.pieces.magprune import keep_by_rank
-from calmerge.pieces.per_model import FractionPerModel, PerModel, one_each
+from calmerge.pieces.per_model import FractionPerModel, PerModel, checked
 from calmerge.pieces.rescale import restore_l1
 
 
@@ -53,10 +53,10 @@ def mergekit_della(
     function of (seed, tensor, task, entry).
     """
     given = {"weight": weight, "density": density, "epsilon": epsilon, "normalize": normalize, "rescale": rescale}
-    raise_together(check(mergekit_della, given | {"lambda_": lambda_, "seed": seed}))
-    weights = one_each(tvs, "mergekit_della.weight", weight)
-    kept = _pruned("mergekit_della", tvs, density, epsilon, seed)
-    return fuse(restore_l1(kept, tvs) if rescale else kept, weights, vote=True, normalize=normalize, scale=lambda_)
+    each = checked(mergekit_della, tvs, given | {"lambda_": lambda_, "seed": seed})
+    kept = _pruned("mergekit_della", tvs, each["density"], each["epsilon"], seed)
+    kept = restore_l1(kept, tvs) if rescale else kept
+    return fuse(kept, each["weight"], vote=True, normalize=normalize, scale=lambda_)
 
 
 def mergekit_della_linear(
@@ -96,18 +96,17 @@ def mergekit_della_linear(
     Differences: as `mergekit_della`.
     """
     given = {"weight": weight, "density": density, "epsilon": epsilon, "normalize": normalize, "rescale": rescale}
-    raise_together(check(mergekit_della_linear, given | {"lambda_": lambda_, "seed": seed}))
-    weights = one_each(tvs, "mergekit_della_linear.weight", weight)
-    kept = _pruned("mergekit_della_linear", tvs, density, epsilon, seed)
-    return fuse(restore_l1(kept, tvs) if rescale else kept, weights, vote=False, normalize=normalize, scale=lambda_)
+    each = checked(mergekit_della_linear, tvs, given | {"lambda_": lambda_, "seed": seed})
+    kept = _pruned("mergekit_della_linear", tvs, each["density"], each["epsilon"], seed)
+    kept = restore_l1(kept, tvs) if rescale else kept
+    return fuse(kept, each["weight"], vote=False, normalize=normalize, scale=lambda_)
 
 
 def _pruned(name: str, tvs: TaskVectors, density: Sequence[float], epsilon: Sequence[float], seed: int) -> TaskVectors:
-    shares, halves = one_each(tvs, f"{name}.density", density), one_each(tvs, f"{name}.epsilon", epsilon)
-    for share, half in zip(shares, halves, strict=True):
+    for share, half in zip(density, epsilon, strict=True):
         if share < 1 and not 0 < share - half <= share + half < 1:
             raise UsageError(
                 f"{name}: chances from {share - half:g} to {share + half:g} follow from density {share:g} and epsilon "
                 f"{half:g}; they must lie in (0, 1). Choose an epsilon below {min(share, 1 - share):g}."
             )
-    return keep_by_rank(tvs, shares, halves, per_element=False, seed=seed)
+    return keep_by_rank(tvs, density, epsilon, per_element=False, seed=seed)

@@ -5,12 +5,12 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from calmerge._signature import Interval, check, raise_together
+from calmerge._signature import Interval
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.blend import per_task, summed
 from calmerge.pieces.fuse import fuse
-from calmerge.pieces.per_model import PerModel, one_each
+from calmerge.pieces.per_model import PerModel, checked
 
 
 def mergekit_linear(tvs: TaskVectors, *, weight: PerModel, normalize: bool = True) -> Weights:
@@ -32,8 +32,7 @@ def mergekit_linear(tvs: TaskVectors, *, weight: PerModel, normalize: bool = Tru
     ICML 2022.
     Differences: none in the numbers; written from a description of the rules, not from the code.
     """
-    raise_together(check(mergekit_linear, {"weight": weight, "normalize": normalize}))
-    weights = torch.tensor(one_each(tvs, "mergekit_linear.weight", weight))
+    weights = torch.tensor(checked(mergekit_linear, tvs, {"weight": weight, "normalize": normalize})["weight"])
     divisor = weights.sum() if normalize else torch.ones(())
     excess = float(weights.sum() / divisor) - 1  # what of the base must be added, where the weights do not sum to 1
 
@@ -70,6 +69,5 @@ def mergekit_task_arithmetic(
     ICLR 2023.
     Differences: from `task_arithmetic`, a weight for each model.
     """
-    raise_together(check(mergekit_task_arithmetic, {"weight": weight, "normalize": normalize, "lambda_": lambda_}))
-    weights = one_each(tvs, "mergekit_task_arithmetic.weight", weight)
-    return fuse(tvs, weights, vote=False, normalize=normalize, scale=lambda_)
+    each = checked(mergekit_task_arithmetic, tvs, {"weight": weight, "normalize": normalize, "lambda_": lambda_})
+    return fuse(tvs, each["weight"], vote=False, normalize=normalize, scale=lambda_)

@@ -2,12 +2,12 @@
 
 from typing import Annotated
 
-from calmerge._signature import Interval, check, raise_together
+from calmerge._signature import Interval
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge.pieces.fuse import fuse
 from calmerge.pieces.largest import keep_largest
-from calmerge.pieces.per_model import FractionPerModel, PerModel, one_each
+from calmerge.pieces.per_model import FractionPerModel, PerModel, checked
 from calmerge.pieces.rescale import restore_l1
 
 
@@ -22,7 +22,7 @@ def mergekit_ties(
 ) -> Weights:
     """Trim every tensor, let the weighted rest elect signs, add up what agrees, as mergekit's `ties`.
 
-    tau_hat_t = the int(density_t n) largest of the n entries of each tensor, at least one;
+    tau_hat_t = the int(density_t n) largest of the n entries of each tensor, at least one if density_t > 0;
     s = sign(sum_t w_t tau_hat_t), where 0 counts as plus;
     delta = lambda sum_t w_t tau_hat_t / sum_t w_t, both sums over the tasks that have the sign s.
 
@@ -46,7 +46,7 @@ def mergekit_ties(
     `largest`), in mergekit by an unstable sort.
     """
     given = {"weight": weight, "density": density, "normalize": normalize, "rescale": rescale, "lambda_": lambda_}
-    raise_together(check(mergekit_ties, given))
-    weights, shares = (one_each(tvs, f"mergekit_ties.{o}", v) for o, v in (("weight", weight), ("density", density)))
-    kept = keep_largest(tvs, lambda name, n: [max(1, int(share * n)) for share in shares])
-    return fuse(restore_l1(kept, tvs) if rescale else kept, weights, vote=True, normalize=normalize, scale=lambda_)
+    each = checked(mergekit_ties, tvs, given)
+    kept = keep_largest(tvs, lambda name, n: [max(1, int(share * n)) if share else 0 for share in each["density"]])
+    kept = restore_l1(kept, tvs) if rescale else kept
+    return fuse(kept, each["weight"], vote=True, normalize=normalize, scale=lambda_)

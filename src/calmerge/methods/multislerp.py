@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from calmerge._errors import CheckpointError
-from calmerge._signature import Interval, check, raise_together
+from calmerge._signature import Interval
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge.pieces.gram import Of, lengths, spanned
-from calmerge.pieces.per_model import PerModel, one_each
+from calmerge.pieces.per_model import PerModel, checked
 
 
 def multislerp(
@@ -47,8 +47,7 @@ def multislerp(
     that the weighted mean is taken, which is the same where signs agree.
     """
     given = {"weight": weight, "normalize_weights": normalize_weights, "eps": eps, "of": of}
-    raise_together(check(multislerp, given))
-    w = torch.tensor(one_each(tvs, "multislerp.weight", weight), dtype=torch.float64)
+    w = torch.tensor(checked(multislerp, tvs, given)["weight"], dtype=torch.float64)
     if normalize_weights:
         w = w / w.sum()
 

@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from calmerge._signature import check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge.methods.slerp import cosine, curved, straight, two_models
 from calmerge.pieces.gram import Of, along, spanned
-from calmerge.pieces.per_model import PerModel, one_each
+from calmerge.pieces.per_model import PerModel, checked
 
 _NO_ARC = 1e-7
 """A sine below this is rounding: parallel vectors, or opposite ones, between which there is no one arc."""
@@ -48,9 +47,8 @@ def nuslerp(
     Differences: the angle is found in float64. A vector of zeros counts as orthogonal to the other.
     """
     given = {"weight": weight, "nuslerp_flatten": nuslerp_flatten, "nuslerp_row_wise": nuslerp_row_wise, "of": of}
-    raise_together(check(nuslerp, given))
     two_models("nuslerp", tvs)
-    first, second = one_each(tvs, "nuslerp.weight", weight)
+    first, second = checked(nuslerp, tvs, given)["weight"]
     t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
 
     def arc(gram: Tensor, name: str) -> Tensor:

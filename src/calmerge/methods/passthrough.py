@@ -2,12 +2,11 @@
 
 import torch
 
-from calmerge._signature import check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge.methods.nearswap import one_expert
 from calmerge.pieces.gram import beyond
-from calmerge.pieces.per_model import PerModel, one_each
+from calmerge.pieces.per_model import PerModel, checked
 
 
 def passthrough(tvs: TaskVectors, *, scale: PerModel = (1.0,)) -> Weights:
@@ -28,8 +27,7 @@ def passthrough(tvs: TaskVectors, *, scale: PerModel = (1.0,)) -> Weights:
 
     Source: "passthrough" of arcee-ai/mergekit (LGPL-3.0; Goddard et al., arXiv 2024), which stacks layers with it.
     """
-    raise_together(check(passthrough, {"scale": scale}))
     one_expert("passthrough", tvs)
-    c = torch.tensor(one_each(tvs, "passthrough.scale", scale), dtype=torch.float64)
+    c = torch.tensor(checked(passthrough, tvs, {"scale": scale})["scale"], dtype=torch.float64)
     delta = tvs.reduce(lambda tau, site: tau[0] * float(c))
     return delta.map(lambda tau, base, site: beyond(tau, base, c, site), tvs.base)
