@@ -62,26 +62,17 @@ class Row:
 ADAMERGING = {"steps": 2, "batch": 8, "lr": 0.05}
 
 TABLE = {
-    "breadcrumbs": Row({"keep": 0.5, "outliers": 0.1}, single=({"keep": 1.0, "outliers": 0.0}, 0.2)),
-    "magmax": Row(single=({}, 0.5)),
-    "middle": Row({"keep": 0.5, "outliers": 0.1}, single=({"keep": 1.0, "outliers": 0.0}, 1.0)),
-    "negate": Row(single=({}, -1.0)),
-    "pcb": Row({"keep": 0.5}, single=({"keep": 1.0, "clip": 0.0, "scale": 1.0}, 1.0)),
-    "ram": Row(scales=False),
-    "ram_plus": Row(scales=False),
-    "weigh": Row({"weights": {"b": 0.5}}, single=({"weights": {"b": 0.5}}, 0.5)),
-    "weighted_average": Row({"weights": {"b": 0.5}}, single=({"weights": {"b": 0.5}}, 1.0)),
     "adamerging": Row(ADAMERGING, scales=False, single=({"steps": 0}, 0.3), learns=True, random=True),
     "adamerging_pp": Row(
         ADAMERGING | {"keep": 0.5}, scales=False, single=({"steps": 0, "keep": 1.0}, 0.3), learns=True, random=True
     ),
+    "arcee_fusion": Row(permutes=False, scales=False, single=None, experts=1),
     "average": Row(),
+    "breadcrumbs": Row({"keep": 0.5, "outliers": 0.1}, single=({"keep": 1.0, "outliers": 0.0}, 0.2)),
     "calm": Row(
         {"steps": 3, "batch": 8, "sequential": 1}, permutes=False, scales=False, single=({"sequential": 0}, 1.0),
         learns=True, random=True,
     ),
-    "consensus": Row(single=({"k": 1}, 1.0)),
-    "core_space": Row(rounds=True),
     "cart": Row({"keep": 0.5}, rounds=True),
     "concrete_adamerging": Row(
         {"mask_steps": 2, "steps": 2, "batch": 8, "lr": 0.05}, scales=False,
@@ -91,12 +82,16 @@ TABLE = {
         {"steps": 2, "batch": 8, "lr": 0.05}, scales=False, single=({"steps": 0, "evaluation": "expected"}, 0.3),
         learns=True, random=True,
     ),
+    "consensus": Row(single=({"k": 1}, 1.0)),
+    "core_space": Row(rounds=True),
     "dam": Row(
         {"mask_steps": 2, "steps": 2, "batch": 8, "lr": 0.05}, scales=False,
         single=({"mask_steps": 0, "steps": 0, "evaluation": "expected"}, 0.3), learns=True, random=True,
     ),
     "dare": Row({"rate": 0.5}, single=({"rate": 0.0}, 0.3), random=True),
     "dare_ties": Row({"rate": 0.5, "keep": 0.4}, single=({"rate": 0.0, "keep": 1.0}, 1.0), random=True),
+    "della": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 1.0), random=True, rounds=True),
+    "della_linear": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 0.3), random=True, rounds=True),
     "distillation": Row(
         {"steps": 2, "batch": 8, "lr": 0.01}, scales=False, single=({"steps": 0}, 1.0), learns=True, random=True
     ),
@@ -105,6 +100,7 @@ TABLE = {
         {"steps": 3, "lr": 0.01}, scales=False, single=({"steps": 0, "keep": 1.0}, 1.0), rounds=True
     ),
     "drop_and_rescale": Row({"rate": 0.5}, single=({"rate": 0.0}, 1.0), random=True),
+    "emr": Row(),
     "frank_wolfe": Row(
         {"steps": 2, "samples": 4}, scales=False, single=({"steps": 0}, 0.3), learns=True, random=True
     ),
@@ -112,19 +108,17 @@ TABLE = {
         {"steps": 2, "samples": 8, "updates": 2, "batch": 4, "lr": 0.05}, permutes=False, scales=False,
         single=({"steps": 0}, 0.0), learns=True, random=True,
     ),
-    "emr": Row(),
     "iso_c": Row(single=None, rounds=True),
     "iso_cts": Row(single=None, rounds=True),
     "lines": Row({"beta": 0.5}, single=({"beta": 0.0}, 1.0)),
     "model_stock": Row(rounds=True),
+    "karcher": Row(scales=False, rounds=True),
+    "lines": Row({"beta": 0.5}, single=({"beta": 0.0}, 1.0)),
     "localize_and_stitch": Row(
         {"steps": 20, "batch": 8, "share": 0.3}, scales=False, single=None, learns=True, random=True
     ),
     "localize_and_stitch_dataless": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
-    "arcee_fusion": Row(permutes=False, scales=False, single=None, experts=1),
-    "della": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 1.0), random=True, rounds=True),
-    "della_linear": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 0.3), random=True, rounds=True),
-    "karcher": Row(scales=False, rounds=True),
+    "magmax": Row(single=({}, 0.5)),
     "magprune": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 1.0), random=True, rounds=True),
     "mergekit_breadcrumbs": Row(
         {"weight": [0.5], "density": [0.5], "gamma": [0.1]}, single=({"weight": [0.5], "gamma": [0.0]}, 0.5)
@@ -148,20 +142,33 @@ TABLE = {
     "mergekit_ram": Row(),
     "mergekit_ramplus_tl": Row(rounds=True, single=None),
     "mergekit_sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
+    "mergekit_task_arithmetic": Row({"weight": [0.5]}, single=({"weight": [0.5]}, 0.5)),
+    "mergekit_ties": Row({"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 1.0)),
+    "middle": Row({"keep": 0.5, "outliers": 0.1}, single=({"keep": 1.0, "outliers": 0.0}, 1.0)),
+    "model_stock": Row(rounds=True),
     "multislerp": Row({"weight": [0.5]}, single=({"weight": [2.0]}, 1.0), rounds=True),
     "nearswap": Row({"t": 0.1}, permutes=False, scales=False, single=({"t": 10.0}, 1.0), experts=1),
+    "negate": Row(single=({}, -1.0)),
     "nuslerp": Row({"weight": [0.3, 0.7]}, permutes=False, single=None, experts=2, rounds=True),
     "passthrough": Row(permutes=False, experts=1),
     "sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
     "tall_masks": Row(),
+    "pcb": Row({"keep": 0.5}, single=({"keep": 1.0, "clip": 0.0, "scale": 1.0}, 1.0)),
     "peft": Row(
         {"combination": "dare_linear", "density": 0.5}, single=({"combination": "svd"}, 1.0), random=True
     ),
+    "ram": Row(scales=False),
+    "ram_plus": Row(scales=False),
+    "sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
+    "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
+    "tall_masks": Row(),
     "task_arithmetic": Row(single=({}, 0.3)),
     "ties": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "ties_split": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "trim": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "tsv_m": Row(rounds=True),
+    "weigh": Row({"weights": {"b": 0.5}}, single=({"weights": {"b": 0.5}}, 0.5)),
+    "weighted_average": Row({"weights": {"b": 0.5}}, single=({"weights": {"b": 0.5}}, 1.0)),
     "wudi": Row({"steps": 3}, scales=False, rounds=True),
 }  # fmt: skip
 
@@ -289,8 +296,8 @@ def test_a_single_expert_gives_what_is_declared(name: str, toy: Any) -> None:
 
 @pytest.mark.parametrize("name", [n for n, row in sorted(TABLE.items()) if row.experts != Row.experts])
 def test_another_number_of_experts_is_refused_where_it_is_fixed(name: str, toy: Any) -> None:
-    toy.experts = {"b": toy.experts["b"]}
-    with pytest.raises(UsageError, match=rf"{name} .* models?, got 1 \(b\)"):
+    toy.experts = {task: toy.experts["b"] for task in "bcd"}
+    with pytest.raises(UsageError, match=rf"{name} .*, got 3 .*\(b, c, d\)"):
         result(name, toy.tvs, toy, **TABLE[name].options)
 
 
