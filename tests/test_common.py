@@ -110,8 +110,6 @@ TABLE = {
     ),
     "iso_c": Row(single=None, rounds=True),
     "iso_cts": Row(single=None, rounds=True),
-    "lines": Row({"beta": 0.5}, single=({"beta": 0.0}, 1.0)),
-    "model_stock": Row(rounds=True),
     "karcher": Row(scales=False, rounds=True),
     "lines": Row({"beta": 0.5}, single=({"beta": 0.0}, 1.0)),
     "localize_and_stitch": Row(
@@ -151,8 +149,6 @@ TABLE = {
     "negate": Row(single=({}, -1.0)),
     "nuslerp": Row({"weight": [0.3, 0.7]}, permutes=False, single=None, experts=2, rounds=True),
     "passthrough": Row(permutes=False, experts=1),
-    "sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
-    "tall_masks": Row(),
     "pcb": Row({"keep": 0.5}, single=({"keep": 1.0, "clip": 0.0, "scale": 1.0}, 1.0)),
     "peft": Row(
         {"combination": "dare_linear", "density": 0.5}, single=({"combination": "svd"}, 1.0), random=True
@@ -296,7 +292,7 @@ def test_a_single_expert_gives_what_is_declared(name: str, toy: Any) -> None:
 
 @pytest.mark.parametrize("name", [n for n, row in sorted(TABLE.items()) if row.experts != Row.experts])
 def test_another_number_of_experts_is_refused_where_it_is_fixed(name: str, toy: Any) -> None:
-    toy.experts = {task: toy.experts["b"] for task in "bcd"}
+    toy.experts = dict.fromkeys("bcd", toy.experts["b"])
     with pytest.raises(UsageError, match=rf"{name} .*, got 3 .*\(b, c, d\)"):
         result(name, toy.tvs, toy, **TABLE[name].options)
 
