@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from calmerge._run import Run as Run
     from calmerge._save import export as export
     from calmerge._save import save as save
+    from calmerge._save_adapter import extract_lora as extract_lora
+    from calmerge._save_adapter import save_adapter as save_adapter
     from calmerge._task_vectors import Merge as Merge
     from calmerge._task_vectors import TaskVectors as TaskVectors
     from calmerge._task_vectors import materialise as materialise
@@ -128,6 +130,7 @@ _HOME = {
     "doge_vectors": "methods.doge",
     "emr": "methods.emr",
     "export": "_save",
+    "extract_lora": "_save_adapter",
     "frank_wolfe": "methods.frank_wolfe",
     "frank_wolfe_soft": "methods.frank_wolfe",
     "iso_c": "methods.iso_c",
@@ -154,6 +157,7 @@ _HOME = {
     "ram": "methods.ram",
     "ram_plus": "methods.ram",
     "save": "_save",
+    "save_adapter": "_save_adapter",
     "sce": "methods.sce",
     "slerp": "methods.slerp",
     "tall_masks": "methods.tall_masks",

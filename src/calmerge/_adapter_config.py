@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calmerge._errors import CheckpointError
+from calmerge._signature import Count, KeepFraction
 
 CONFIG = "adapter_config.json"
 
@@ -128,6 +129,10 @@ into its base with PEFT's merge_and_unload, and give the result.
         dora=bool(data.get("use_dora")),
         data=dict(data),
     )
+
+
+def adapter_options(*, rank: Count | None = None, energy: KeepFraction | None = None, full: bool = True) -> None:
+    """What `out: {adapter: ...}` of a recipe may say, in a form that `check` can read."""
 
 
 def _key(pattern: Mapping[str, Any], module: str) -> str:

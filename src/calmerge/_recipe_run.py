@@ -18,11 +18,14 @@ import torch
 from calmerge._errors import OutputError, UsageError
 from calmerge._explain import held_in_memory
 from calmerge._memory import private_memory
+from calmerge._merged import Merged
 from calmerge._pipe import walk
 from calmerge._plan import plan
 from calmerge._run import Run
 from calmerge._save import finished_before, hashes, save, to_write, versions
+from calmerge._save_adapter import largest, save_adapter
 from calmerge._task_vectors import TaskVectors, task_vectors
+from calmerge._weights import Weights
 from calmerge._writer import MANIFEST
 from calmerge.methods import METHODS
 from calmerge.recipe import Recipe, build
@@ -96,6 +99,9 @@ def preview(recipe: Recipe, tvs: TaskVectors) -> Preview:
     learns = recipe.needs_tasks()
     delta = tvs.of(tvs.tasks[0]) if learns else build(recipe)(tvs, None, None)
     weights = to_write(tvs, delta, dtype=_dtype(recipe))
+    adapter = None
+    if recipe.out.adapter is not None:
+        adapter = largest(tvs, **_adapter(recipe), dtype=_dtype(recipe) or torch.float32)
     work = plan(*weights, shard=recipe.out.shard or "5GB", max_memory=None if learns else recipe.out.max_memory)
     return Preview(
         steps=[str(step) for step in recipe.merge],
@@ -104,9 +110,9 @@ def preview(recipe: Recipe, tvs: TaskVectors) -> Preview:
         entries=tvs.numel,
         skipped=dict(Counter(tvs.skipped.values())),
         heads={task: len(head) for task, head in tvs.heads.items()},
-        inputs=tvs.base.nbytes + sum(w.nbytes for w in tvs.experts.values()),
-        writes=work.writes + sum(head.nbytes for head in tvs.heads.values()),
-        files=sum(map(len, work.files)),
+        inputs=tvs.base.nbytes + sum(getattr(w, "source", w).nbytes for w in tvs.experts.values()),
+        writes=work.writes + sum(head.nbytes for head in tvs.heads.values()) if adapter is None else adapter,
+        files=sum(map(len, work.files)) if adapter is None else 1,
         learns=learns,
         kind="E" if learns else work.kind,
         passes=None if learns else work.passes,
@@ -158,22 +164,50 @@ def run_recipe(
     started = time.perf_counter()
     delta = build(recipe)(tvs, tasks, inner)
     report = _report(recipe, tvs, inner, command, seconds=time.perf_counter() - started)
-    manifest = save(
-        path,
-        tvs,
-        delta,
-        dtype=_dtype(recipe),
-        shard=recipe.out.shard or "5GB",
-        max_memory=recipe.out.max_memory,
-        recipe=recipe.to_dict(),
-        card=_card(report, path.name),
-        resume=resume,
-        also=lambda folder: _write_report(report, folder),
-        run=run,
-    )
+    if recipe.out.adapter is not None:
+        manifest = _as_adapter(recipe, path, tvs, delta, report, run)
+    else:
+        manifest = save(
+            path,
+            tvs,
+            delta,
+            dtype=_dtype(recipe),
+            shard=recipe.out.shard or "5GB",
+            max_memory=recipe.out.max_memory,
+            recipe=recipe.to_dict(),
+            card=_card(report, path.name),
+            resume=resume,
+            also=lambda folder: _write_report(report, folder),
+            run=run,
+        )
     if run.folder is None:
         shutil.rmtree(state, ignore_errors=True)
     return manifest
+
+
+def _as_adapter(
+    recipe: Recipe, path: Path, tvs: TaskVectors, delta: Weights | Merged, report: "Report", run: Run
+) -> dict[str, Any]:
+    if isinstance(delta, Merged):
+        raise UsageError(
+            f"{recipe.file}: {recipe.merge[-1].name} gives a model for each task, and an adapter is one; "
+            "remove out.adapter."
+        )
+    return save_adapter(
+        path,
+        tvs,
+        delta,
+        **_adapter(recipe),
+        dtype=_dtype(recipe) or torch.float32,
+        recipe=recipe.to_dict(),
+        also=lambda folder: _write_report(report, folder),
+        run=run,
+    )
+
+
+def _adapter(recipe: Recipe) -> dict[str, Any]:
+    """Options of the adapter that a recipe asks for."""
+    return dict(recipe.out.adapter) if isinstance(recipe.out.adapter, Mapping) else {}
 
 
 def _dtype(recipe: Recipe) -> torch.dtype | None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calmerge._adapter_config import CONFIG
+from calmerge._adapter_config import CONFIG, adapter_options
 from calmerge._checkpoint import Checkpoint, Source, sha256
 from calmerge._errors import CheckpointError, OutputError, UsageError
 from calmerge._folder import new_folder
@@ -112,7 +112,8 @@ def save_adapter(
     check_apart(path, tvs)
     pad = rank if energy is None else None
     make = _Maker(tvs, delta, rank=rank, energy=energy, full=full, pad=pad, dtype=dtype)
-    with new_folder(path) as folder:
+    need = largest(tvs, rank=rank, energy=energy, full=full, dtype=dtype) if rank else 0
+    with new_folder(path, need=need) as folder:
         settle([delta], threads=threads, run=run)
         with run.progress.track("factorising", delta.numel, "entry") as bar, workers(threads) as pool:
             for names in make.in_order():
@@ -176,8 +177,25 @@ def extract_lora(
     return save_adapter(path, tvs, tvs.of("expert"), rank=rank, energy=energy, full=full, dtype=dtype, run=run)
 
 
-def adapter_options(*, rank: Count | None = None, energy: KeepFraction | None = None, full: bool = True) -> None:
-    """What `out: {adapter: ...}` of a recipe may say, in a form that `check` can read."""
+def largest(
+    tvs: TaskVectors,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    full: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """The most bytes that an adapter of these task vectors takes; of an exact one, if the merge is linear."""
+    entries = 0
+    for name, spec in tvs.specs.items():
+        if name.endswith(".weight") and len(spec.shape) > 1:
+            m, n = spec.shape[0], torch.Size(spec.shape[1:]).numel()
+            ranks = tvs.ranks(name)
+            most = min(m, n) if ranks is None else min(m, n, sum(ranks))
+            entries += (rank if rank and energy is None else min(most, rank or most)) * (m + n)
+        else:
+            entries += spec.numel if full else 0
+    return entries * dtype.itemsize
 
 
 class _Maker:
@@ -287,12 +305,14 @@ class _Maker:
         return update.turned if update else stored_in_out(self._tvs.base, name.rpartition(".")[0])
 
     def _factors(self, name: str, kind: Kind, tensor: Tensor) -> None:
-        within = self._tvs.factors(name) if self._tvs.ranks(name) is not None else None
+        ranks = self._tvs.ranks(name)
+        within = self._tvs.factors(name) if ranks is not None else None
         found = factorise(tensor.flatten(1), rank=self._rank, energy=self._energy, dtype=self._dtype, within=within)
         if found.rank == 0:
             return
         m, n = found.left.shape[0], found.right.shape[1]
-        if self._rank is None and self._energy is None and found.rank * (m + n) > m * n:
+        linear = ranks is not None and found.rank <= sum(ranks)  # no more than the inputs take together
+        if self._rank is None and self._energy is None and not linear and found.rank * (m + n) > m * n:
             raise UsageError(
                 f"an exact adapter was asked for, but the change of '{name}' has rank {found.rank}: its factors would "
                 f"be larger than the tensor ({m} x {n}). Say a rank or an energy, or write full weights. Methods that "

@@ -91,6 +91,8 @@ def merged(manifest: Mapping[str, Any], where: str) -> None:
     from rich.filesize import decimal
 
     text(f"merged {manifest['merged']} tensors into {where}")
+    if "modules" in manifest:
+        adapter(manifest["modules"])
     if "storage" in manifest:
         cost = manifest["storage"]
         rows = [
@@ -101,6 +103,24 @@ def merged(manifest: Mapping[str, Any], where: str) -> None:
         ]
         table(["", ""], rows)
         text(f"calmerge export {where} --task NAME writes the model of one task.")
+
+
+def adapter(modules: Sequence[Mapping[str, Any]], where: "Path | None" = None) -> None:
+    """What became of every tensor in an adapter, with its error."""
+    rows = [
+        [
+            row["name"], row["kind"] + (f" ({row['why']})" if row["why"] else ""), str(row["rank"] or ""),
+            f"{row['norm']:.4g}", f"{row['error']:.2e}" if row["error"] else "0", f"{100 * row['energy']:.2f} %",
+        ]
+        for row in modules
+    ]  # fmt: skip
+    head = ["tensor", "kept as", "rank", "norm of the change", "error", "energy"]
+    table(head, rows, right=head[2:])
+    square = sum(row["norm"] ** 2 for row in modules)
+    missing = sum((row["error"] * row["norm"]) ** 2 for row in modules)
+    text(f"all together: norm {square**0.5:.4g}, error {(missing / square) ** 0.5 if square else 0:.2e} of it")
+    if where is not None:
+        text(f"wrote {where}")
 
 
 def scores(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:

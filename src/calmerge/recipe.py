@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from calmerge._adapter_config import adapter_options
 from calmerge._errors import UsageError, did_you_mean
 from calmerge._pipe import Methods, Step, Surroundings, build_pipe, check_pipe, needs_tasks, read_pipe, walk
 from calmerge._signature import Seed, check, options_of, raise_together
@@ -36,12 +37,15 @@ class Out:
         dtype: of the floating tensors; the base's own if None.
         shard: largest size of one file, such as "5GB".
         max_memory: private memory that the process may take, such as "2GB"; None for no limit.
+        adapter: write a LoRA adapter instead of full weights: "exact", or `rank`, `energy` and `full` as `save_adapter`
+            has them.
     """
 
     path: Path | None = None
     dtype: DType | None = None
     shard: str | int | None = None
     max_memory: str | int | None = None
+    adapter: Mapping[str, Any] | Literal["exact"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,6 +338,9 @@ def _read_out(node: Node | None, folder: Path, problems: list[str]) -> Out:
     plain = node.plain()
     options = plain if isinstance(plain, dict) else {"path": plain}
     lines = node.lines() if node.is_mapping() else {"": node.where}
+    adapter = node.get("adapter") if node.is_mapping() else None
+    if adapter is not None and adapter.is_mapping():
+        lines |= {f"adapter.{key}": part.where for key, part in adapter.items()}
     faults = _faults_of_out(options, lines)
     problems += faults
     if faults:
@@ -344,6 +351,14 @@ def _read_out(node: Node | None, folder: Path, problems: list[str]) -> Out:
 
 def _faults_of_out(options: Mapping[str, Any], lines: Mapping[str, str]) -> list[str]:
     faults = check(Out, options, lines, name="out", noun="key")
+    adapter = options.get("adapter")
+    if adapter is not None and not faults:
+        for key in {"shard", "max_memory"} & options.keys():
+            faults.append(f"{lines.get(key, '')}: out.{key} is for full weights; an adapter is one small file.")
+        if isinstance(adapter, Mapping):
+            inner = {key.removeprefix("adapter."): where for key, where in lines.items() if key.startswith("adapter.")}
+            where = {"": lines.get("adapter", "")} | inner
+            faults += check(adapter_options, adapter, where, name="out.adapter", noun="key")
     for key in ("shard", "max_memory"):
         try:
             if options.get(key) is not None and not faults:
