@@ -28,7 +28,7 @@ def keys_in_tables(page: str) -> set[str]:
     return {key for cell in first for key in re.findall(r"`(\w+)`", cell)}
 
 
-@pytest.mark.parametrize("text", blocks("recipes.md", "yaml"))
+@pytest.mark.parametrize("text", [*blocks("recipes.md", "yaml"), *blocks("lora.md", "yaml")])
 def test_the_recipes_shown_are_sound(text: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     assert load_recipe(tmp_path / "recipe.yaml").merge
@@ -49,13 +49,13 @@ def test_every_key_is_described() -> None:
 
 
 def test_every_verb_is_described() -> None:
-    verbs = re.findall(r"^\| `(\w+)` \| `calmerge", (DOCS / "cli.md").read_text(), flags=re.MULTILINE)
+    verbs = re.findall(r"^\| `([\w-]+)` \| `calmerge", (DOCS / "cli.md").read_text(), flags=re.MULTILINE)
     assert verbs == [c.name or c.callback.__name__ for c in app.registered_commands]
 
 
-@pytest.mark.parametrize("page", ["recipes.md", "suites.md", "cli.md"])
+@pytest.mark.parametrize("page", ["recipes.md", "suites.md", "cli.md", "lora.md"])
 def test_commands_name_options_that_exist(page: str) -> None:
-    for verb, rest in re.findall(r"calmerge (\w+)([^\n`]*)", (DOCS / page).read_text()):
+    for verb, rest in re.findall(r"calmerge ([\w-]+)([^\n`]*)", (DOCS / page).read_text()):
         if verb.isupper() or not rest.count("--"):
             continue
         shown = CliRunner().invoke(app, [verb, "--help"]).stdout

@@ -134,50 +134,6 @@ def merge(
     _show().emit(manifest, as_json, lambda: _show().merged(manifest, str(where)))
 
 
-@app.command("extract-lora", short_help="Write what an expert adds to its base as a LoRA adapter.")
-def extract(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="What the expert was fine-tuned from.")],
-    expert: Annotated[str, typer.Argument(metavar="EXPERT", help="The fine-tuned model, or an adapter to be cut.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the adapter.")],
-    rank: Annotated[
-        int | None, typer.Option("--rank", help="Singular values kept per module; 16 if nothing is said.")
-    ] = None,
-    energy: Annotated[
-        float | None, typer.Option("--energy", help="Share of the squared singular values kept per module, as 0.95.")
-    ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Keep all singular values.")] = False,
-    no_full: Annotated[
-        bool, typer.Option("--no-full", help="Leave norms, biases and the like out; their norms are printed.")
-    ] = False,
-    exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", help="Shell pattern of tensors that stay the base's.")
-    ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Example: calmerge extract-lora base/ tuned/ adapter/ --rank 16
-
-    Singular values are found in float64 from float32 differences, whatever is stored. Prints every tensor with its rank
-    and error; the folder loads with PEFT.
-    """
-    from calmerge._save_adapter import extract_lora
-
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UsageError(f"--dtype must be float32, bfloat16 or float16, got '{dtype}'.")
-    if exact and (rank is not None or energy is not None):
-        raise UsageError("--exact keeps everything; leave --rank and --energy out.")
-    if rank is None and energy is None and not exact:
-        rank = 16
-    import torch
-
-    manifest = extract_lora(
-        base, expert, out, rank=rank, energy=energy, full=not no_full, exclude=tuple(exclude or ()),
-        dtype=getattr(torch, dtype), run=_run(quiet),
-    )  # fmt: skip
-    _show().emit(manifest, as_json, lambda: _show().adapter(manifest["modules"], out))
-
-
 @app.command("eval", short_help="Score a merged folder on a suite's test data.")
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What 'calmerge merge' wrote.")],
@@ -331,6 +287,50 @@ def export(
     place = out or folder.with_name(f"{folder.resolve().name}-{task}")
     write(folder, task, place, run=_run(quiet))
     typer.echo(f"wrote the model of task '{task}' to {place}")
+
+
+@app.command("extract-lora", short_help="Write what an expert adds to its base as a LoRA adapter.")
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="What the expert was fine-tuned from.")],
+    expert: Annotated[str, typer.Argument(metavar="EXPERT", help="The fine-tuned model, or an adapter to be cut.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the adapter.")],
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Singular values kept per module; 16 if nothing is said.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Share of the squared singular values kept per module, as 0.95.")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Keep all singular values.")] = False,
+    no_full: Annotated[
+        bool, typer.Option("--no-full", help="Leave norms, biases and the like out; their norms are printed.")
+    ] = False,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Shell pattern of tensors that stay the base's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Example: calmerge extract-lora base/ tuned/ adapter/ --rank 16
+
+    Singular values are found in float64 from float32 differences, whatever is stored. Prints every tensor with its rank
+    and error; the folder loads with PEFT.
+    """
+    from calmerge._save_adapter import extract_lora
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"--dtype must be float32, bfloat16 or float16, got '{dtype}'.")
+    if exact and (rank is not None or energy is not None):
+        raise UsageError("--exact keeps everything; leave --rank and --energy out.")
+    if rank is None and energy is None and not exact:
+        rank = 16
+    import torch
+
+    manifest = extract_lora(
+        base, expert, out, rank=rank, energy=energy, full=not no_full, exclude=tuple(exclude or ()),
+        dtype=getattr(torch, dtype), run=_run(quiet),
+    )  # fmt: skip
+    _show().emit(manifest, as_json, lambda: _show().adapter(manifest["modules"], out))
 
 
 # Between the terminal and the functions ------------------------------------------------------------------------
