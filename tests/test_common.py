@@ -136,6 +136,7 @@ TABLE = {
     "mergekit_della_linear": Row(
         {"weight": [0.5], "density": [0.5]}, single=({"weight": [0.5]}, 0.5), random=True, rounds=True
     ),
+    "mergekit_linear": Row({"weight": [0.5]}, single=({"weight": [2.0]}, 1.0)),
     "mergekit_model_stock": Row(single=None, rounds=True),
     "mergekit_ram": Row(),
     "mergekit_ramplus_tl": Row(rounds=True, single=None),
