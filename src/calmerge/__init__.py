@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from calmerge.methods.dam import dam as dam
     from calmerge.methods.dare import dare as dare
     from calmerge.methods.dare import dare_ties as dare_ties
+    from calmerge.methods.dc_merge import dc_merge as dc_merge
     from calmerge.methods.della import della as della
     from calmerge.methods.della import della_linear as della_linear
     from calmerge.methods.distillation import distillation as distillation
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from calmerge.methods.iso_c import iso_c as iso_c
     from calmerge.methods.iso_cts import iso_cts as iso_cts
     from calmerge.methods.karcher import karcher as karcher
+    from calmerge.methods.knots import knots as knots
     from calmerge.methods.lines import lines as lines
     from calmerge.methods.localize_and_stitch import localize_and_stitch as localize_and_stitch
     from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
@@ -72,20 +74,25 @@ if TYPE_CHECKING:
     from calmerge.methods.ram import ram_plus as ram_plus
     from calmerge.methods.sce import sce as sce
     from calmerge.methods.slerp import slerp as slerp
+    from calmerge.methods.svc import svc as svc
     from calmerge.methods.tall_masks import consensus as consensus
     from calmerge.methods.tall_masks import tall_masks as tall_masks
     from calmerge.methods.task_arithmetic import task_arithmetic as task_arithmetic
     from calmerge.methods.ties import ties as ties
+    from calmerge.methods.tsv_c import tsv_c as tsv_c
     from calmerge.methods.tsv_m import tsv_m as tsv_m
     from calmerge.methods.weighted_average import weighted_average as weighted_average
     from calmerge.methods.wudi import wudi as wudi
+    from calmerge.pieces.equal_norms import equal_norms as equal_norms
     from calmerge.pieces.mask import load_masks as load_masks
+    from calmerge.pieces.truncate import truncate as truncate
     from calmerge.suites.suite import load_suite as load_suite
     from calmerge.tasks.base import Task as Task
     from calmerge.tasks.base import Tasks as Tasks
     from calmerge.tasks.hf import HuggingFaceModel as HuggingFaceModel
     from calmerge.tasks.hf import open_suite as open_suite
     from calmerge.tasks.module import ModuleModel as ModuleModel
+
 
 _HOME = {
     "Adapter": "_lora",
@@ -123,12 +130,14 @@ _HOME = {
     "dam": "methods.dam",
     "dare": "methods.dare",
     "dare_ties": "methods.dare",
+    "dc_merge": "methods.dc_merge",
     "della": "methods.della",
     "della_linear": "methods.della",
     "distillation": "methods.distillation",
     "doge": "methods.doge",
     "doge_vectors": "methods.doge",
     "emr": "methods.emr",
+    "equal_norms": "pieces.equal_norms",
     "export": "_save",
     "extract_lora": "_save_adapter",
     "frank_wolfe": "methods.frank_wolfe",
@@ -136,6 +145,7 @@ _HOME = {
     "iso_c": "methods.iso_c",
     "iso_cts": "methods.iso_cts",
     "karcher": "methods.karcher",
+    "knots": "methods.knots",
     "lines": "methods.lines",
     "load_masks": "pieces.mask",
     "load_suite": "suites.suite",
@@ -160,10 +170,13 @@ _HOME = {
     "save_adapter": "_save_adapter",
     "sce": "methods.sce",
     "slerp": "methods.slerp",
+    "svc": "methods.svc",
     "tall_masks": "methods.tall_masks",
     "task_arithmetic": "methods.task_arithmetic",
     "task_vectors": "_task_vectors",
     "ties": "methods.ties",
+    "truncate": "pieces.truncate",
+    "tsv_c": "methods.tsv_c",
     "tsv_m": "methods.tsv_m",
     "weighted_average": "methods.weighted_average",
     "wudi": "methods.wudi",

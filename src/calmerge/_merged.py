@@ -12,10 +12,10 @@ from torch import Tensor
 from calmerge._checkpoint import open_checkpoint
 from calmerge._errors import CheckpointError, UsageError, did_you_mean
 from calmerge._run import Run
-from calmerge._weights import Weights
+from calmerge._weights import Spec, Weights
 from calmerge._writer import write_json, write_side_by_side
 
-_KINDS = {"mask": "pieces.patch:MaskPatch"}
+_KINDS = {"factors": "pieces.factor_patch:FactorPatch", "mask": "pieces.patch:MaskPatch"}
 """Where the patches that can be read back are defined, by kind: "module:class"."""
 
 
@@ -80,6 +80,11 @@ class Merged:
         return self.patches[task].apply(self.shared)
 
     @property
+    def specs(self) -> dict[str, Spec]:
+        """Names, shapes and types of the tensors that any task's vector has."""
+        return {n: spec for task in self.patches for n, spec in self.for_task(task).specs.items()}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the shared vector and of all patches, as they are stored."""
         return self.shared.nbytes + sum(patch.stored.nbytes for patch in self.patches.values())
@@ -100,8 +105,9 @@ def storage(merged: Merged, base: Weights, experts: Mapping[str, Weights]) -> di
     >>> found["model"], found["shared"], found["patches"], found["all"], found["experts"]
     (64, 64, {'a': 2, 'b': 2, 'c': 2}, 134, 192)
     """
-    own = sum(spec.nbytes for w in experts.values() for name, spec in w.specs.items() if name in merged.shared.specs)
-    rest = sum(spec.nbytes for name, spec in base.specs.items() if name not in merged.shared.specs)
+    names = merged.specs
+    own = sum(spec.nbytes for w in experts.values() for name, spec in w.specs.items() if name in names)
+    rest = sum(spec.nbytes for name, spec in base.specs.items() if name not in names)
     return {
         "model": base.nbytes,
         "shared": merged.shared.nbytes,

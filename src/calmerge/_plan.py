@@ -223,7 +223,7 @@ def _bytes_read(nodes: Iterable[Node], names: Iterable[str]) -> int:
         own: Mapping[str, str] = getattr(node, "names", {})  # of a source under other names
         if isinstance(node, Gathered):
             for source in node.inputs:
-                visit(source, [theirs for name in names for at, theirs in [node.parts[name]] if at is source])
+                visit(source, [node.parts[n][1] for n in names if n in node.parts and node.parts[n][0] is source])
         elif node.inputs:
             wanted = [own.get(name, name) for name in names if name in node.specs]
             for one in node.inputs:

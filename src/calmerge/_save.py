@@ -102,7 +102,7 @@ def save(
             "versions": versions(),
             "recipe": recipe,
             "inputs": input_hashes(tvs),
-            "merged": len(vector),
+            "merged": len(patched.specs if patched else vector.specs),
             "not_merged": tvs.skipped,
             "tasks": list(tvs.tasks),
             "files": files | side,

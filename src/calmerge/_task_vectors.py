@@ -68,7 +68,7 @@ class TaskVectors(Weights):
         >>> tvs.transform(lambda tau, site: 3 * tau)["w"]
         tensor([[3., 3.]])
         """
-        return self._with(_Stacked(fn, (self, *others), self.specs, elementwise=elementwise, copies=copies))
+        return self._with(Stacked(fn, (self, *others), self.specs, elementwise=elementwise, copies=copies))
 
     def reduce(
         self, fn: Callable[..., Tensor], *others: Node, elementwise: bool = True, copies: int | None = None
@@ -95,7 +95,7 @@ class TaskVectors(Weights):
         if isinstance(self._source, _Deltas):
             return self._with(self._source.only([self.tasks.index(t) for t in tasks]), tasks)
         index = torch.tensor([self.tasks.index(t) for t in tasks])
-        return self._with(_Stacked(lambda tau, site: tau[index], (self,), self.specs), tasks)
+        return self._with(Stacked(lambda tau, site: tau[index], (self,), self.specs), tasks)
 
     def of(self, task: str) -> Weights:
         """One task's vector.
@@ -325,7 +325,7 @@ def own_names(tvs: TaskVectors, task: str) -> dict[str, str]:
     return {name: own[name] for name in tvs.base if name in own and own[name] not in tvs.heads.get(task, {})}
 
 
-class _Stacked(Computed):
+class Stacked(Computed):
     row_dim = 1
 
 

@@ -10,7 +10,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from calmerge import TaskVectors, add, doge, iso_c, iso_cts, model_stock, task_vectors, tsv_m, wudi
+from calmerge import (
+    TaskVectors,
+    add,
+    doge,
+    iso_c,
+    iso_cts,
+    knots,
+    model_stock,
+    svc,
+    task_arithmetic,
+    task_vectors,
+    ties,
+    tsv_m,
+    wudi,
+)
 
 FOLDER = Path(__file__).parents[1] / "golden" / "fusion_bench"
 Golden = Callable[[str], tuple[dict[str, Any], dict[str, Tensor]]]
@@ -52,3 +66,30 @@ def test_merges_as_the_reference(case: str, method: Callable[..., Any], golden: 
     assert set(merged) == set(stored)
     for name, tensor in stored.items():
         torch.testing.assert_close(merged[name].float(), tensor.float(), **described["tolerance"])
+
+
+@pytest.mark.parametrize("alpha", ["0p1", "1p0"])
+def test_calibrates_as_the_reference(alpha: str, golden: Golden) -> None:
+    described, stored = golden(f"svc_task_arithmetic_alpha{alpha}_T3")
+    tvs = inputs(3)
+    calibrated = add(tvs.base, svc(task_arithmetic(tvs, scale=0.3), tvs, alpha=float(alpha.replace("p", "."))))
+    assert set(calibrated) == set(stored)
+    for name, tensor in stored.items():
+        torch.testing.assert_close(calibrated[name].float(), tensor.float(), **described["tolerance"])
+
+
+def test_calibrates_as_the_reference_s_loop(golden: Golden) -> None:
+    described, stored = golden("svc_loop_T3")
+    tvs = inputs(3)
+    calibrated = add(tvs.base, svc(task_arithmetic(tvs, scale=0.3), tvs))
+    for name, tensor in stored.items():
+        torch.testing.assert_close(calibrated[name], tensor, **described["tolerance"])
+
+
+def test_aligns_as_the_reference(golden: Golden) -> None:
+    described, stored = golden("knots_ties_T3")
+    experts = {str(t): part(stored, f"delta_{t}/") for t in (1, 2, 3)}
+    tvs = task_vectors({n: torch.zeros_like(d) for n, d in experts["1"].items()}, experts)
+    merged = knots(tvs, inner=partial(ties, keep=0.2, scale=0.6), rank=4, tolerance=1e-4)
+    for name, tensor in part(stored, "merged_delta/").items():
+        torch.testing.assert_close(merged[name], tensor, **described["tolerance"])

@@ -60,7 +60,7 @@ def reduce_matrices(
     >>> dict(reduce_matrices(tvs, lambda tau, site: tau.amax(0)))
     {'w': tensor([[3., 0.], [0., 3.]]), 'b': tensor([2., 2.])}
     """
-    _check_patterns(tvs, skip, split)
+    check_patterns(tvs, skip, split)
     return tvs.reduce(_either(fn, rest, skip, split), *others, elementwise=False)
 
 
@@ -81,7 +81,7 @@ def transform_matrices(
     >>> dict(transform_matrices(tvs, lambda tau, site: 3 * tau))
     {'w': tensor([[[3., 3.]]]), 'b': tensor([[1.]])}
     """
-    _check_patterns(tvs, skip, split)
+    check_patterns(tvs, skip, split)
     return tvs.transform(_either(fn, rest, skip, split), *others, elementwise=False)
 
 
@@ -102,7 +102,14 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check_patterns(weights: Weights, skip: Sequence[str], split: Sequence[str]) -> None:
+def check_patterns(weights: Weights, skip: Sequence[str], split: Sequence[str] = ()) -> None:
+    """Raise a UsageError if a pattern fits no tensor, or fits one that cannot be split into three.
+
+    >>> from calmerge import StateDict
+    >>> check_patterns(StateDict({"fc.weight": torch.zeros(2, 2)}), ["fc.wieght"])
+    Traceback (most recent call last):
+    calmerge._errors.UsageError: skip: 'fc.wieght' fits no tensor. Did you mean 'fc.weight'?
+    """
     for option, patterns in (("skip", skip), ("split", split)):
         for pattern in patterns:
             if pattern not in TABLES and not any(fnmatchcase(name, pattern) for name in weights):
