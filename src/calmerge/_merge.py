@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from calmerge._checkpoint import Source
+from calmerge._checkpoint import Source, open_checkpoint
 from calmerge._errors import UsageError, did_you_mean
 from calmerge._merged import Merged
 from calmerge._signature import checked_call
 from calmerge._task_vectors import TaskVectors, materialise, task_vectors
+from calmerge._tied import tied_names
 from calmerge._weights import StateDict, Weights, add
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def merge(
     tasks: "Tasks | None" = None,
     **options: Any,
 ) -> StateDict:
-    """The merged model, all of its tensors in memory, in the base's types.
+    """The merged model, all of its tensors in memory, in the base's types; tied ones are one tensor under both names.
 
     Args:
         base: what the experts were fine-tuned from; a path, a hub id, a mapping of tensors or a module.
@@ -59,7 +60,9 @@ def merge(
             f"{getattr(fn, '__name__', method)} gives a model for each task; call it on task_vectors(...) and take "
             "for_task(name) of what it gives."
         )
-    return materialise(add(tvs.base, delta))
+    merged = materialise(add(tvs.base, delta))
+    doubles = tied_names(open_checkpoint(base))
+    return StateDict({**merged, **{double: merged[kept] for double, kept in doubles.items()}}) if doubles else merged
 
 
 def _method(method: str | Callable[..., Weights]) -> Callable[..., Weights]:

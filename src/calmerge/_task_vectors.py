@@ -17,6 +17,7 @@ from calmerge._compatibility import is_vocabulary, misfits, repeats, unfit
 from calmerge._errors import CheckpointError, UsageError, did_you_mean
 from calmerge._lora import Adapted, Adapter, Factors, adapted
 from calmerge._signature import raise_together
+from calmerge._tied import tied_names, without_doubles
 from calmerge._weights import ALL, Computed, Memo, Node, Spec, StateDict, Weights, digest, row_size
 
 _TASK = re.compile(r"\w[\w.-]*")
@@ -33,7 +34,7 @@ class TaskVectors(Weights):
         specs: the tensors that are merged, with the shape that one expert has.
         experts: by task, all tensors of that expert under the base's names.
         heads: by task, the tensors which that expert has for itself, under the expert's own names.
-        skipped: tensors of the base that are copied as they are, with the reason.
+        skipped: tensors of the base that are not merged, with the reason; all but tied ones are copied as they are.
     """
 
     row_dim = 1
@@ -208,7 +209,8 @@ def task_vectors(
 
     Every tensor falls into one of three kinds. *Merged*: floating, in the base and in all experts, with one shape.
     *Head*: only experts have it, or its first dimension (the classes) differs from the base's; kept per task.
-    *Skipped*: integers and booleans, what `exclude` names, and what no expert has; taken from the base.
+    *Skipped*: integers and booleans, what `exclude` names, and what no expert has; taken from the base. Tied tensors
+    are one: the double of an embedding is neither merged nor written.
 
     Experts whose names carry one more prefix than the base's (`bert.`), or one less, are matched without it. An adapter
     (PEFT folder) is an expert like any other: its task vector is s B A, and 0 where it changes nothing.
@@ -239,7 +241,7 @@ def task_vectors(
                 f"expert '{task}': its name becomes a folder's; use letters, digits, '-', '_' and '.', and begin with "
                 "a letter or digit."
             )
-    opened_base, opened = _open_all(base, experts, exclude, where, repeated=repeated)
+    opened_base, opened, tied = _open_all(base, experts, exclude, where, repeated=repeated)
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in opened_base):
             raise UsageError(f"exclude: '{pattern}' fits no tensor of the base. {did_you_mean(pattern, opened_base)}")
@@ -249,7 +251,7 @@ def task_vectors(
             raise UsageError(
                 f"heads: '{pattern}' fits no tensor of base or experts. {did_you_mean(pattern, everything)}"
             )
-    skipped: dict[str, str] = {}
+    skipped = {double: f"tied to '{kept}', written once" for double, kept in tied.items()}
     merged: dict[str, Spec] = {}
     own: set[str] = set()
     for name, spec in opened_base.specs.items():
@@ -282,8 +284,8 @@ def task_vectors(
 
 def _open_all(
     base: Source, experts: Mapping[str, Source], exclude: Sequence[str], where: Mapping[str, str], *, repeated: bool
-) -> tuple[Weights, dict[str, Weights]]:
-    """Base and experts, the experts under the base's names; whatever is wrong with any of them, together."""
+) -> tuple[Weights, dict[str, Weights], dict[str, str]]:
+    """Base and experts, under the base's names, and what is tied; whatever is wrong with any of them, together."""
     problems: list[str] = []
     opened: dict[str, Weights] = {}
     for key, source in {"base": base, **{f"experts.{task}": source for task, source in experts.items()}}.items():
@@ -300,13 +302,14 @@ def _open_all(
         found = repeats(opened["base"], paths)
         raise_together([_at(where, f"experts.{task}", says) for task, says in found], CheckpointError)
     aligned: dict[str, Weights] = {}
+    once = without_doubles(opened["base"])
     for task in experts:
         try:
-            aligned[task] = _aligned(opened[f"experts.{task}"], opened["base"])
+            aligned[task] = _aligned(without_doubles(opened[f"experts.{task}"], opened["base"]), once)
         except CheckpointError as e:
             problems.append(_at(where, f"experts.{task}", str(e)))
     raise_together(problems, CheckpointError)
-    return opened["base"], aligned
+    return once, aligned, tied_names(opened["base"])
 
 
 def _at(where: Mapping[str, str], key: str, says: str) -> str:
