@@ -20,7 +20,7 @@ from calmerge.methods import METHODS
 from calmerge.recipe import recipe_from_dict
 from calmerge.report import results
 
-VERBS = ["demo", "merge", "eval", "bench", "inspect", "list", "explain", "validate", "export"]
+VERBS = ["demo", "merge", "eval", "bench", "inspect", "list", "explain", "validate", "verify", "export"]
 
 
 def call(*words: object) -> Result:

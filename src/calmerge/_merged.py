@@ -117,6 +117,15 @@ def storage(merged: Merged, base: Weights, experts: Mapping[str, Weights]) -> di
     }
 
 
+def written_together(merged: Merged) -> list[dict[str, Weights]]:
+    """What is written side by side, by folder: the shared vector alone, then patches of one layout."""
+    groups: dict[object, dict[str, Weights]] = {}
+    for task, patch in merged.patches.items():
+        stored = patch.stored
+        groups.setdefault(tuple(stored.specs.items()), {})[f"patches/{task}"] = stored
+    return [{"shared": merged.shared}, *groups.values()]
+
+
 def write_merged(
     folder: Path, merged: Merged, *, shard: str | int = "5GB", chunk: int = 2**18,
     threads: int | None = None, run: Run | None = None,
@@ -128,12 +137,8 @@ def write_merged(
     """
     if merged.router is not None:
         raise UsageError("a merge with a router cannot be saved yet; save it without one, and name tasks yourself.")
-    groups: dict[object, dict[str, Weights]] = {}  # patches of one layout are written together
-    for task, patch in merged.patches.items():
-        stored = patch.stored
-        groups.setdefault(tuple(stored.specs.items()), {})[f"patches/{task}"] = stored
     hashes: dict[str, str] = {}
-    for group in ({"shared": merged.shared}, *groups.values()):
+    for group in written_together(merged):
         for name in group:
             (folder / name).mkdir(parents=True, exist_ok=True)
         # an eighth of a chunk: a byte of a mask stands for eight entries

@@ -53,7 +53,7 @@ class Plan:
 
 
 def plan(
-    *weights: Weights,
+    *weights: Weights | Sequence[Weights],
     shard: str | int = "5GB",
     chunk: int = BLOCK,
     threads: int | None = None,
@@ -62,7 +62,8 @@ def plan(
     """What writing these weights, one after the other, will take.
 
     Args:
-        weights: what is to be written; not one tensor is read.
+        weights: what is to be written; not one tensor is read. Several in a list are written side by side, block by
+            block, and read their inputs once.
         shard: the most bytes that one file holds.
         chunk: entries computed at a time, at most.
         threads: blocks computed at a time, at most; as many as there are cores when None.
@@ -78,18 +79,20 @@ def plan(
     ('C', 4, 3200)
     """
     threads = min(threads or os.cpu_count() or 1, _MOST_THREADS)
-    steps = [[group for group in stage if _passes(group)] for stage in stages(weights)]
+    parts = [[part] if isinstance(part, Weights) else list(part) for part in weights]
+    outputs = [one for part in parts for one in part]
+    steps = [[group for group in stage if _passes(group)] for stage in stages(outputs)]
     groups = [group for stage in steps for group in stage]
-    inputs = sum(_bytes_read([one], one.specs) for one in weights)
-    threads, chunk, memory = _settings(weights, groups, threads, chunk, max_memory)
-    whole = any(not one.elementwise for one in weights)
+    inputs = sum(_bytes_read(part, part[0].specs) for part in parts)
+    threads, chunk, memory = _settings(parts, groups, threads, chunk, max_memory)
+    whole = any(not one.elementwise for one in outputs)
     return Plan(
         stages=steps,
-        files=[shards(one, bytes_of(shard)) for one in weights],
+        files=[shards(one, bytes_of(shard)) for one in outputs],
         kind="+".join((["B"] if whole else []) + (["C"] if groups else [])) or "A",
-        passes=sum(max(map(_passes, stage), default=0) for stage in steps) + len(weights),
+        passes=sum(max(map(_passes, stage), default=0) for stage in steps) + len(parts),
         reads=inputs + sum(_passes(group) * _bytes_read(*_over(group)) for group in groups),
-        writes=sum(one.nbytes for one in weights),
+        writes=sum(one.nbytes for one in outputs),
         threads=threads,
         chunk=chunk,
         memory=memory,
@@ -100,20 +103,24 @@ def plan(
 
 
 def _settings(
-    weights: Sequence[Weights], groups: Sequence[list[Measure]], threads: int, chunk: int, max_memory: str | int | None
+    parts: Sequence[Sequence[Weights]],
+    groups: Sequence[list[Measure]],
+    threads: int,
+    chunk: int,
+    max_memory: str | int | None,
 ) -> tuple[int, int, int]:
     """The most threads, and then the largest chunk, that stay within the limit; and the memory that they take."""
     counting = [_block_sizes(*_over(group), BLOCK) for group in groups]
 
     def memory(threads: int, chunk: int) -> int:
-        return max(sum(s[:threads]) for s in [*counting, *(_block_sizes([one], one, chunk) for one in weights)])
+        return max(sum(s[:threads]) for s in [*counting, *(_block_sizes(part, part[0], chunk) for part in parts)])
 
     if max_memory is None:
         return threads, chunk, memory(threads, chunk)
     present = private_memory() or 0
     limit = bytes_of(max_memory, "max_memory") - present
     chunks = [chunk]
-    while chunks[-1] > _SMALLEST and any(one.elementwise for one in weights):
+    while chunks[-1] > _SMALLEST and any(part[0].elementwise for part in parts):
         chunks.append(max(_SMALLEST, chunks[-1] // 4))
     for n in range(threads, 0, -1):
         for size in chunks:
@@ -121,12 +128,12 @@ def _settings(
                 return n, size, found
     raise UsageError(
         f"max_memory: this merge needs {shown(present + memory(1, chunks[-1]))}, got {max_memory}. "
-        f"{shown(present)} are taken before it begins; {_why(weights)}. Allow as much, or use another method."
+        f"{shown(present)} are taken before it begins; {_why(parts)}. Allow as much, or use another method."
     )
 
 
-def _why(weights: Sequence[Weights]) -> str:
-    whole = next((one for one in weights if not one.elementwise), None)
+def _why(parts: Sequence[Sequence[Weights]]) -> str:
+    whole = next((one for part in parts for one in part if not one.elementwise), None)
     if whole is None:
         return "numbers over the model are found in blocks of one size, so that they never depend on the limit"
     held = _Held([whole])

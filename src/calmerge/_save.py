@@ -13,7 +13,7 @@ from calmerge._checkpoint import Checkpoint, open_checkpoint, sha256
 from calmerge._errors import CheckpointError, OutputError, UsageError, did_you_mean
 from calmerge._folder import new_folder, resumable_folder
 from calmerge._lora import Adapted
-from calmerge._merged import Merged, is_patched, open_merged, storage, write_merged
+from calmerge._merged import Merged, is_patched, open_merged, storage, write_merged, written_together
 from calmerge._plan import plan
 from calmerge._run import Run
 from calmerge._size import bytes_of
@@ -82,7 +82,8 @@ def save(
     check_apart(path, tvs)
     patched = delta if isinstance(delta, Merged) else None
     vector = delta.shared if isinstance(delta, Merged) else delta
-    weights, *others = to_write(tvs, delta, dtype=dtype)
+    weights = tvs.base if patched else add(tvs.base, vector, dtype=dtype)
+    others = to_write(tvs, patched)[1:] if patched else []
     work = plan(weights, *others, shard=shard, chunk=chunk, threads=threads, max_memory=max_memory)
     need = work.writes + sum(head.nbytes for head in tvs.heads.values())
     key = None if recipe is None else _key(tvs, recipe, weights, shard)
@@ -116,10 +117,12 @@ def save(
     return manifest
 
 
-def to_write(tvs: TaskVectors, delta: Weights | Merged, *, dtype: torch.dtype | None = None) -> list[Weights]:
-    """The weights that `save` writes: one model, or of a `Merged` the base, the shared vector and the patches."""
+def to_write(
+    tvs: TaskVectors, delta: Weights | Merged, *, dtype: torch.dtype | None = None
+) -> list[Weights | list[Weights]]:
+    """What `save` writes, for `plan`: one model, or of a `Merged` the base, the shared vector and the patches."""
     if isinstance(delta, Merged):
-        return [tvs.base, delta.shared, *(patch.stored for patch in delta.patches.values())]
+        return [tvs.base, *(list(group.values()) for group in written_together(delta))]
     return [add(tvs.base, delta, dtype=dtype)]
 
 
@@ -129,6 +132,7 @@ def export(folder: str | Path, task: str, out: str | Path, *, run: Run | None = 
     Of a folder with patches, the backbone is that of the task: base and patched vector, added in float32 and cast once.
 
     What comes out opens with the same call as the expert did, e.g. `AutoModelForImageClassification.from_pretrained`.
+    Its `calmerge.json` has the merge's recipe and inputs, and a hash of every file for `verify`.
 
     Args:
         folder: what `save` wrote.
@@ -144,7 +148,9 @@ def export(folder: str | Path, task: str, out: str | Path, *, run: Run | None = 
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"'{folder}' is no folder that calmerge wrote: {MANIFEST} is missing.")
     manifest = json.loads((folder / MANIFEST).read_text())
-    tasks = manifest["tasks"]
+    tasks = manifest.get("tasks")
+    if tasks is None:
+        raise CheckpointError(f"'{folder}' is one task's model already ('{manifest.get('task')}').")
     if task not in tasks:
         raise CheckpointError(f"'{folder}' has no task '{task}'. {did_you_mean(task, tasks)}")
     stored = open_checkpoint(folder)
@@ -162,13 +168,19 @@ def export(folder: str | Path, task: str, out: str | Path, *, run: Run | None = 
         parts |= {name: (tensors, name) for name in tensors}
     weights = Gathered(parts)
     with new_folder(out, need=weights.nbytes) as partial:
-        copy_side_files(stored, partial)
-        for file in sorted(head.glob("*.json")):
-            if file.name != "names.json":
-                (partial / file.name).write_bytes(file.read_bytes())
-        write_weights(partial, weights, run=run)
-        if apart:
-            (partial / own_file.name).write_bytes(own_file.read_bytes())
+        files = copy_side_files(stored, partial)
+        own = [file for file in sorted(head.glob("*.json")) if file.name != "names.json"] + (
+            [own_file] if apart else []
+        )
+        for file in own:
+            (partial / file.name).write_bytes(file.read_bytes())
+            files[file.name] = sha256(file)
+        files = write_weights(partial, weights, run=run) | files
+        merge = {key: manifest.get(key) for key in ("recipe", "inputs")}
+        write_json(
+            partial / MANIFEST,
+            {"calmerge": own_version(), "versions": versions(), "task": task, "merge": merge, "files": files},
+        )
     return out
 
 

@@ -21,6 +21,7 @@ from calmerge._size import bytes_of
 from calmerge._weights import BLOCK, Memo, Weights, blocks
 
 MANIFEST = "calmerge.json"
+INDEX = "model.safetensors.index.json"
 RECORDS = {MANIFEST, "expert.json", "report.json", "pretraining.json"}  # of how a folder came about; not its copies'
 _SIDE = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _NAMES = {
@@ -41,7 +42,7 @@ def write_weights(
     run: Run | None = None,
     journal: Journal | None = None,
 ) -> dict[str, str]:
-    """The SHA-256 of the files written: `model.safetensors`, or shards with `model.safetensors.index.json`.
+    """The SHA-256 of the files written: `model.safetensors`, or shards and `model.safetensors.index.json`.
 
     The bytes depend on the weights and on `shard` alone, not on `chunk` or `threads`. Held in memory: one chunk for
     each thread, and whatever computing one needs.
@@ -71,8 +72,7 @@ def write_weights(
                 _write_files({folder / file: weights}, names, chunk, pool, bar)
                 finishing[file] = pool.submit(_finish, folder / file, journal)  # while the next one is written
         hashes |= {file: found.result() for file, found in finishing.items()}
-    _write_index(folder, weights, files)
-    return {file: hashes[file] for file in files}
+    return {file: hashes[file] for file in files} | _write_index(folder, weights, files)
 
 
 def write_side_by_side(
@@ -99,7 +99,7 @@ def write_side_by_side(
             _write_files({folder / file: weights for folder, weights in parts.items()}, names, chunk, pool, bar)
         for folder, weights in parts.items():
             hashes[folder] = dict(zip(files, pool.map(sha256, [folder / file for file in files]), strict=True))
-            _write_index(folder, weights, files)
+            hashes[folder] |= _write_index(folder, weights, files)
     return hashes
 
 
@@ -160,13 +160,13 @@ def _say_dtype(config: Path, dtype: str) -> None:
         write_json(config, {key: dtype if key in ("dtype", "torch_dtype") else value for key, value in said.items()})
 
 
-def _write_index(folder: Path, weights: Weights, files: Mapping[str, list[str]]) -> None:
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": weights.nbytes},
-            "weight_map": {name: file for file, names in files.items() for name in names},
-        }
-        write_json(folder / "model.safetensors.index.json", index)
+def _write_index(folder: Path, weights: Weights, files: Mapping[str, list[str]]) -> dict[str, str]:
+    """The index, where there are several files, and its SHA-256."""
+    if len(files) == 1:
+        return {}
+    weight_map = {name: file for file, names in files.items() for name in names}
+    write_json(folder / INDEX, {"metadata": {"total_size": weights.nbytes}, "weight_map": weight_map})
+    return {INDEX: sha256(folder / INDEX)}
 
 
 def shards(weights: Weights, limit: int) -> dict[str, list[str]]:

@@ -271,6 +271,26 @@ def validate(
     _show().emit(found, as_json, show)
 
 
+@app.command(short_help="Check that a folder is as it was written.")
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What 'calmerge merge' or 'export' wrote.")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Example: calmerge verify merged/
+
+    Compares every file with its hash in calmerge.json, and headers with the index of shards; names files that are
+    missing, changed, or hold weights of something else. Exit code 1 if there are any.
+    """
+    from calmerge._verify import verify as faults_of
+
+    faults = faults_of(folder, run=_run(quiet))
+    sound = f"{folder} is as it was written."
+    _show().emit({"faults": faults}, as_json, lambda: typer.echo("\n".join(faults) or sound))
+    if faults:
+        raise typer.Exit(1)
+
+
 @app.command(short_help="Write one task's full model.")
 def export(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What 'calmerge merge' wrote.")],
