@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from calmerge import add, emr, load_suite, materialise, open_suite
 from calmerge._explain import explanation, summaries
 from calmerge.cli import app
 from calmerge.methods import METHODS
@@ -339,6 +340,20 @@ def test_merge_with_data_then_eval_and_export(tiny_suite: Path, tmp_path: Path) 
     done = call("export", tmp_path / "merged", "--task", "shape")
     assert done.exit_code == 1
     assert "Did you mean 'shapes'?" in done.stderr
+
+
+def test_eval_scores_every_task_on_the_model_it_has_for_itself(tiny_suite: Path, tmp_path: Path) -> None:
+    suite = load_suite(tiny_suite)
+    experts = {task: str(path) for task, path in suite.experts.items()}
+    (tmp_path / "r.yaml").write_text(json.dumps({"base": str(suite.base), "experts": experts, "merge": ["emr"]}))
+    shown = call("merge", tmp_path / "r.yaml", "--out", tmp_path / "merged", "--quiet")
+    assert shown.exit_code == 0, shown.stderr
+    assert "patch of shapes" in shown.stdout
+    scored = json.loads(call("eval", tmp_path / "merged", "--suite", tiny_suite, "--experts", "--json").stdout)
+    tvs, tasks = open_suite(suite)
+    for task, score in scored["merged"].items():
+        own = materialise(add(tvs.base, emr(tvs).for_task(task)).only_names(tvs))
+        assert score["accuracy"] == tasks.score(tasks.logits(own, task, "test"), task, "test").accuracy
 
 
 def test_what_a_fit_has_finished_is_kept_until_the_folder_is_written(
