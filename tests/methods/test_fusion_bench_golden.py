@@ -21,6 +21,7 @@ from calmerge import (
     dare_ties,
     emr,
     magmax,
+    slerp,
     tall_masks,
     task_arithmetic,
     task_vectors,
@@ -83,6 +84,16 @@ def test_merges_as_the_reference(case: str, method: Callable[..., Any], golden: 
     for name, tensor in stored.items():
         close(merged[name], tensor, described)
     assert torch.equal(merged["vision_model.embeddings.position_ids"], tvs.base["vision_model.embeddings.position_ids"])
+
+
+@pytest.mark.parametrize(("case", "of"), [("slerp_T2", "weights"), ("slerp_task_vectors_T2", "deltas")])
+def test_interpolates_as_the_reference(case: str, of: Any, golden: Golden) -> None:
+    described, stored = golden(case)
+    tvs, _ = inputs(case, described, 2)
+    merged = add(tvs.base, slerp(tvs, t=described["hyper_parameters"]["t"], of=of))
+    assert set(tvs) == set(stored)
+    for name, tensor in stored.items():
+        close(merged[name], tensor, described)
 
 
 def test_splits_as_the_reference(golden: Golden) -> None:
