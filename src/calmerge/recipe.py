@@ -184,6 +184,7 @@ def _read(node: Node, file: str, folder: Path, methods: Methods) -> Recipe:
     problems: list[str] = []
     parts: dict[str, Any] = {key: part.plain() for key, part in node.items()}
     _check_keys(node, parts, methods, problems)
+    parts |= {key: () for key in ("exclude", "heads") if not isinstance(parts.get(key, []), list)}  # a mistake by now
     experts = (
         {name: located(at, folder) for name, at in (parts.get("experts") or {}).items() if isinstance(at, str)}
         if isinstance(parts.get("experts"), dict)

@@ -38,7 +38,7 @@ DATA: dict[str, Any] = {
     "out": {"path": "merged"},
 }
 SETTINGS = settings(
-    deadline=None, max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=80, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -140,6 +140,7 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @SETTINGS
 @given(st.lists(st.tuples(st.integers(0, 1000), ANYTHING), min_size=1, max_size=3))
+@example([(27, True)])
 def test_a_recipe_with_anything_in_any_place(folder: Path, changes: list[tuple[int, Any]]) -> None:
     data = copy.deepcopy(DATA)
     for number, value in changes:
