@@ -120,6 +120,14 @@ TABLE = {
     ),
     "localize_and_stitch_dataless": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "magmax": Row(single=({}, 0.5)),
+    "adarank": Row(
+        {"steps": 2, "batch": 8, "lr": 0.05}, scales=False,
+        single=({"start": "base", "steps": 0, "coefficient": 1.0}, 1.0), learns=True, random=True, rounds=True,
+    ),
+    "arcee_fusion": Row(permutes=False, scales=False, single=None, experts=1),
+    "della": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 1.0), random=True, rounds=True),
+    "della_linear": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 0.3), random=True, rounds=True),
+    "karcher": Row(scales=False, rounds=True),
     "magprune": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 1.0), random=True, rounds=True),
     "mergekit_breadcrumbs": Row(
         {"weight": [0.5], "density": [0.5], "gamma": [0.1]}, single=({"weight": [0.5], "gamma": [0.0]}, 0.5)

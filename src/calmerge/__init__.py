@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from calmerge._weights import add as add
     from calmerge.methods.adamerging import adamerging as adamerging
     from calmerge.methods.adamerging import adamerging_pp as adamerging_pp
+    from calmerge.methods.adarank import adarank as adarank
     from calmerge.methods.arcee_fusion import arcee_fusion as arcee_fusion
     from calmerge.methods.average import average as average
     from calmerge.methods.breadcrumbs import breadcrumbs as breadcrumbs
@@ -116,6 +117,7 @@ _HOME = {
     "adamerging": "methods.adamerging",
     "adamerging_pp": "methods.adamerging",
     "adapted": "_lora",
+    "adarank": "methods.adarank",
     "add": "_weights",
     "arcee_fusion": "methods.arcee_fusion",
     "attack_success_rate": "methods.dam",

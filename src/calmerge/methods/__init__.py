@@ -7,6 +7,7 @@ from typing import Any
 _HOME = {
     "adamerging": "methods.adamerging",
     "adamerging_pp": "methods.adamerging",
+    "adarank": "methods.adarank",
     "arcee_fusion": "methods.arcee_fusion",
     "average": "methods.average",
     "breadcrumbs": "methods.breadcrumbs",
