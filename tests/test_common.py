@@ -66,6 +66,10 @@ TABLE = {
     "adamerging_pp": Row(
         ADAMERGING | {"keep": 0.5}, scales=False, single=({"steps": 0, "keep": 1.0}, 0.3), learns=True, random=True
     ),
+    "adarank": Row(
+        {"steps": 2, "batch": 8, "lr": 0.05}, scales=False,
+        single=({"start": "base", "steps": 0, "coefficient": 1.0}, 1.0), learns=True, random=True, rounds=True,
+    ),
     "arcee_fusion": Row(permutes=False, scales=False, single=None, experts=1),
     "average": Row(),
     "breadcrumbs": Row({"keep": 0.5, "outliers": 0.1}, single=({"keep": 1.0, "outliers": 0.0}, 0.2)),
@@ -103,6 +107,7 @@ TABLE = {
     "drop_and_rescale": Row({"rate": 0.5}, single=({"rate": 0.0}, 1.0), random=True),
     "emr": Row(),
     "equal_norms": Row(rounds=True),
+    "fisher": Row({"examples": 4}, scales=False, learns=True, random=True, rounds=True),
     "frank_wolfe": Row(
         {"steps": 2, "samples": 4}, scales=False, single=({"steps": 0}, 0.3), learns=True, random=True
     ),
@@ -120,14 +125,6 @@ TABLE = {
     ),
     "localize_and_stitch_dataless": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "magmax": Row(single=({}, 0.5)),
-    "adarank": Row(
-        {"steps": 2, "batch": 8, "lr": 0.05}, scales=False,
-        single=({"start": "base", "steps": 0, "coefficient": 1.0}, 1.0), learns=True, random=True, rounds=True,
-    ),
-    "arcee_fusion": Row(permutes=False, scales=False, single=None, experts=1),
-    "della": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 1.0), random=True, rounds=True),
-    "della_linear": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 0.3), random=True, rounds=True),
-    "karcher": Row(scales=False, rounds=True),
     "magprune": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 1.0), random=True, rounds=True),
     "mergekit_breadcrumbs": Row(
         {"weight": [0.5], "density": [0.5], "gamma": [0.1]}, single=({"weight": [0.5], "gamma": [0.0]}, 0.5)
@@ -167,6 +164,8 @@ TABLE = {
     ),
     "ram": Row(scales=False),
     "ram_plus": Row(scales=False),
+    "regmean": Row({"examples": 12}, scales=False, learns=True, random=True, rounds=True),
+    "regmean_pp": Row({"examples": 12}, scales=False, learns=True, random=True, rounds=True),
     "sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
     "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
     "svc": Row(rounds=True),

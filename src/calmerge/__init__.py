@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from calmerge.methods.doge import doge as doge
     from calmerge.methods.doge import doge_vectors as doge_vectors
     from calmerge.methods.emr import emr as emr
+    from calmerge.methods.fisher import fisher as fisher
     from calmerge.methods.frank_wolfe import frank_wolfe as frank_wolfe
     from calmerge.methods.frank_wolfe import frank_wolfe_soft as frank_wolfe_soft
     from calmerge.methods.iso_c import iso_c as iso_c
@@ -73,6 +74,8 @@ if TYPE_CHECKING:
     from calmerge.methods.peft import peft as peft
     from calmerge.methods.ram import ram as ram
     from calmerge.methods.ram import ram_plus as ram_plus
+    from calmerge.methods.regmean import regmean as regmean
+    from calmerge.methods.regmean import regmean_pp as regmean_pp
     from calmerge.methods.sce import sce as sce
     from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.svc import svc as svc
@@ -142,6 +145,7 @@ _HOME = {
     "equal_norms": "pieces.equal_norms",
     "export": "_save",
     "extract_lora": "_save_adapter",
+    "fisher": "methods.fisher",
     "frank_wolfe": "methods.frank_wolfe",
     "frank_wolfe_soft": "methods.frank_wolfe",
     "iso_c": "methods.iso_c",
@@ -168,6 +172,8 @@ _HOME = {
     "peft": "methods.peft",
     "ram": "methods.ram",
     "ram_plus": "methods.ram",
+    "regmean": "methods.regmean",
+    "regmean_pp": "methods.regmean",
     "save": "_save",
     "save_adapter": "_save_adapter",
     "sce": "methods.sce",

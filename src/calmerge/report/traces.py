@@ -137,7 +137,7 @@ class Coefficients(Record):
 
 class FitTrace(Record):
     """What a method fitted by gradient recorded: its loss at every step (and on held-out examples, each time these
-    were looked at), and the coefficients it learned.
+    were looked at), the coefficients it learned, and single numbers by what they are.
 
     >>> FitTrace(loss=[2.0, 1.5]).loss[-1]
     1.5
@@ -146,6 +146,7 @@ class FitTrace(Record):
     kind: Literal["fit"] = "fit"
     loss: list[float]
     held_out: list[float] = Field(default_factory=list)
+    numbers: dict[str, float] = Field(default_factory=dict)
     per_task: dict[str, list[float]] | None = None
     coefficients: Coefficients | None = None
 

@@ -206,6 +206,10 @@ class Tasks(Mapping[str, Task]):
 
         return at
 
+    def forward(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Tensor:
+        """Class scores of one batch of inputs, float32, with a graph where the weights have one."""
+        return self._forward(weights, inputs, task).float()
+
     def loss(
         self, objective: Objective, weights: Mapping[str, Tensor], batches: Iterable[Batch], *, features: bool = False
     ) -> dict[str, float]:

@@ -65,6 +65,16 @@ class HuggingFaceModel:
         self._given: list[Tensor] = []
         self._head_module().register_forward_pre_hook(lambda module, args: self._given.append(args[0]))
 
+    @property
+    def module(self) -> torch.nn.Module:
+        """The classifier, its merged tensors empty."""
+        return self._module
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """By the name of a merged tensor, its name in the module."""
+        return self._names
+
     def logits(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Tensor:
         """Class scores [n, classes]."""
         return self.outputs(weights, inputs, task).logits

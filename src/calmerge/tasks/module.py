@@ -48,6 +48,16 @@ class ModuleModel:
             if isinstance(head, nn.Module):
                 head.to(device).eval().requires_grad_(False)
 
+    @property
+    def module(self) -> nn.Module:
+        """The backbone."""
+        return self._module
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Merged tensors have the module's own names."""
+        return {name: name for name in self._names}
+
     def logits(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Tensor:
         """Class scores [n, classes]; of `weights` those are used that the module has.
 
