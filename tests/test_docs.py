@@ -31,7 +31,8 @@ def keys_in_tables(page: str) -> set[str]:
 @pytest.mark.parametrize("text", [*blocks("recipes.md", "yaml"), *blocks("lora.md", "yaml")])
 def test_the_recipes_shown_are_sound(text: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
-    assert load_recipe(tmp_path / "recipe.yaml").merge
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.merge or recipe.stack
 
 
 @pytest.mark.parametrize("text", blocks("suites.md", "yaml"))

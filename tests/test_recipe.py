@@ -193,7 +193,7 @@ def test_round_trip(tmp_path) -> None:
             "Known: bfloat16, float16, float32.",
         ),
         ("  total\nout: 3", "recipe.yaml:5: out.path must be a path or null, got 3."),
-        ("  total\ndytpe: float16", "recipe.yaml:5: recipe has no key 'dytpe'. Known: base, exclude, experts"),
+        ("  total\ndytpe: float16", "recipe.yaml:5: recipe has no key 'dytpe'. Known: base, chat_template, exclude"),
         (
             "  total\nkeep: 0.2",
             "recipe.yaml:5: 'keep' is an option of trim; write it there, as in merge: [{trim: {keep: 0.2}}].",
@@ -224,7 +224,11 @@ def test_all_mistakes_are_reported_together(tmp_path) -> None:
     ("experts", "says"),
     [
         ("[./a, ./b]", "recipe.yaml:2: recipe.experts must be a mapping, got ['./a', './b']."),
-        ("{a: [./a]}", "recipe.yaml:2: recipe.experts must hold for 'a' a value that must be text, got ['./a']."),
+        (
+            "{a: [./a]}",
+            "recipe.yaml:2: expert 'a' must be text (a path or a hub id), {model: PATH, layers: [0, 8]}, or a merge "
+            "with its own 'experts' and 'merge'; got ['./a'].",
+        ),
         ("", "recipe.yaml:2: recipe.experts must be a mapping, got None."),
     ],
 )

@@ -86,7 +86,7 @@ def test_duplicate_keys_are_refused_with_both_lines() -> None:
         ("exclude: [*embed*]", "r.yaml:1: not valid YAML"),
         ("a: *x", "Quote text that begins with '*'."),
         ("exclude: [*embed*]", "Quote text that begins with '*'."),
-        ("a: 1\n---\nb: 2", "r.yaml:2: not valid YAML (a second document). Keep one document only"),
+        ("a: 1\n---\nb: 2", "r.yaml:3: not valid YAML (a second document). Keep one document only"),
         ("a: 1\nb: !!python/object/apply:os.system ['ls']", "r.yaml:2: the tag !!python/object/apply:os.system"),
         ("a: !!python/name:os.system", "r.yaml:1: the tag !!python/name:os.system does not fit here"),
         ("a: !!int x", "the tag !!int does not fit here"),

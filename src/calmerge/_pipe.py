@@ -17,6 +17,8 @@ from calmerge._yaml import Data, Node
 
 Methods = Mapping[str, Callable[..., Any]]
 PROVIDED = ("tasks", "run")
+WHERE = "where"
+"""The one step whose value is a list: cases of patterns and pipes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Step:
         """The step as a recipe writes it: a bare name where there are no options."""
         if not self.options:
             return self.name
+        if self.name == WHERE:
+            return {WHERE: self.options["cases"].plain()}
         return {self.name: {key: node.plain() for key, node in self.options.items()}}
 
     def __str__(self) -> str:
@@ -70,7 +74,9 @@ def read_pipe(node: Node, problems: list[str]) -> tuple[Step, ...]:
             steps.append(Step(one.value, {}, one.where))
         elif one.is_mapping() and len(one.value) == 1:
             ((name, options),) = one.items()
-            if options.value is None or options.is_mapping():
+            if name == WHERE and options.is_list() and options.value:
+                steps.append(Step(name, {"cases": options}, options.where))
+            elif options.value is None or options.is_mapping():
                 steps.append(Step(name, dict(options.items()), options.where))
             else:
                 problems.append(
@@ -95,6 +101,9 @@ def check_pipe(steps: Sequence[Step], methods: Methods, *, has_tasks: bool = Tru
     """
     problems: list[str] = []
     for step in steps:
+        if step.name == WHERE:
+            problems += _check_cases(step, methods, has_tasks=has_tasks)
+            continue
         if step.name not in methods:
             problems.append(f"{step.where}: no method is called '{step.name}'. {did_you_mean(step.name, methods)}")
             continue
@@ -114,7 +123,7 @@ def check_pipe(steps: Sequence[Step], methods: Methods, *, has_tasks: bool = Tru
                 f"{step.where}: {step.name} learns from unlabelled data; add 'tasks:' to the recipe, "
                 "or use a method that needs none, such as ties."
             )
-    if all(step.name in methods for step in steps):
+    if all(step.name in methods or step.name == WHERE for step in steps):
         problems += _check_flow(steps, methods, inner=inner)
     return problems
 
@@ -133,15 +142,20 @@ def build_pipe(
     """
     surroundings = surroundings or Surroundings()
     calls = [_call(step, methods, surroundings) for step in steps]
-    if len(calls) == 1 and not takes_merged(methods[steps[0].name]):
+    if len(calls) == 1 and not takes_merged(_function(steps[0], methods)):
         return calls[0]
-    posts = [takes_merged(methods[step.name]) for step in steps]
+    posts = [takes_merged(_function(step, methods)) for step in steps]
     return functools.partial(_apply, tuple(zip(calls, posts, strict=True)))
 
 
 def walk(steps: Sequence[Step], methods: Methods) -> Iterator[Step]:
-    """All steps of a pipe and of the pipes in their options, outer before inner; unknown names are passed over."""
+    """All calls of a pipe and of the pipes inside them, outer before inner; unknown names are passed over."""
     for step in steps:
+        if step.name == WHERE:
+            for case in step.options["cases"].value if "cases" in step.options else ():
+                if case.get("merge") is not None:
+                    yield from walk(read_pipe(case.value["merge"], []), methods)
+            continue
         yield step
         if step.name in methods:
             known = options_of(methods[step.name])
@@ -174,7 +188,7 @@ def gives_patches(fn: Callable[..., Any]) -> bool:
 def _check_flow(steps: Sequence[Step], methods: Methods, *, inner: bool = False) -> list[str]:
     problems, merged, patched = [], "", ""
     for step in steps:
-        fn = methods[step.name]
+        fn = _function(step, methods)
         if patched:
             problems.append(
                 f"{step.where}: {patched} before it gives a model for each task, and {step.name} takes one merge. "
@@ -207,7 +221,9 @@ def _check_flow(steps: Sequence[Step], methods: Methods, *, inner: bool = False)
 
 
 def _call(step: Step, methods: Methods, surroundings: Surroundings) -> Callable[..., Any]:
-    fn = methods[step.name]
+    fn = _function(step, methods)
+    if step.name == WHERE:
+        return functools.partial(fn, cases=[_case(case, methods, surroundings) for case in step.options["cases"].value])
     known = options_of(fn)
     options: dict[str, Any] = {}
     for key, node in step.options.items():
@@ -225,6 +241,46 @@ def _call(step: Step, methods: Methods, surroundings: Surroundings) -> Callable[
         if name in known and value is not None:
             options[name] = value
     return functools.partial(fn, **options) if options else fn
+
+
+def _function(step: Step, methods: Methods) -> Callable[..., Any]:
+    if step.name != WHERE:
+        return methods[step.name]
+    from calmerge.pieces.where import where
+
+    return where
+
+
+def _check_cases(step: Step, methods: Methods, *, has_tasks: bool) -> list[str]:
+    """All mistakes in the cases of a `where`."""
+    problems: list[str] = []
+    if "cases" not in step.options:
+        return [f"{step.where}: where needs cases: [{{tensors: ['*.mlp.*'], merge: ties}}, {{merge: average}}]."]
+    cases = step.options["cases"].value
+    for position, case in enumerate(cases, 1):
+        if not case.is_mapping():
+            problems.append(f"{case.where}: a case of where is {{tensors: [patterns], merge: method}}.")
+            continue
+        given = {key: node.plain() for key, node in case.items()}
+        merge = case.get("merge")
+        if merge is not None and isinstance(merge.value, (str, list, dict)):
+            inner = read_pipe(merge, problems)
+            problems += check_pipe(inner, methods, has_tasks=has_tasks, inner=True)
+            given["merge"] = _stand_in
+        problems += check(_keys_of_a_case, given, case.lines(), name="where", noun="key")
+        if "tensors" not in given and position < len(cases):
+            problems.append(f"{case.where}: a case without 'tensors' takes all that are left; put it last.")
+    return problems
+
+
+def _keys_of_a_case(*, merge: Any, tensors: Sequence[str] = ("*",)) -> None:
+    """One case of a `where`, in a form that `check` can read."""
+
+
+def _case(node: Node, methods: Methods, surroundings: Surroundings) -> tuple[list[str], Callable[..., Any]]:
+    tensors = node.get("tensors")
+    patterns: Any = tensors.plain() if tensors is not None else ["*"]
+    return patterns, build_pipe(read_pipe(node.value["merge"], []), methods, surroundings)
 
 
 def _apply(calls: Sequence[tuple[Callable[..., Any], bool]], tvs: Any) -> Any:

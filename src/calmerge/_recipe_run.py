@@ -17,14 +17,16 @@ import torch
 
 from calmerge._errors import OutputError, UsageError
 from calmerge._explain import held_in_memory
+from calmerge._inputs import key_of
 from calmerge._memory import private_memory
 from calmerge._merged import Merged
+from calmerge._open import open_recipe
 from calmerge._pipe import walk
 from calmerge._plan import plan
 from calmerge._run import Run
-from calmerge._save import finished_before, hashes, save, to_write, versions
+from calmerge._save import checkpoints_behind, finished_before, hashes, save, to_write, versions
 from calmerge._save_adapter import largest, save_adapter
-from calmerge._task_vectors import TaskVectors, task_vectors
+from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge._writer import MANIFEST
 from calmerge.methods import METHODS
@@ -87,7 +89,7 @@ def open_inputs(recipe: Recipe) -> TaskVectors:
     Raises:
         CheckpointError: a checkpoint is missing, cannot be read, or does not fit the others; all together, with lines.
     """
-    return task_vectors(recipe.base, recipe.experts, exclude=recipe.exclude, heads=recipe.heads, where=recipe.lines)
+    return open_recipe(recipe)
 
 
 def preview(recipe: Recipe, tvs: TaskVectors) -> Preview:
@@ -110,7 +112,7 @@ def preview(recipe: Recipe, tvs: TaskVectors) -> Preview:
         entries=tvs.numel,
         skipped=dict(Counter(tvs.skipped.values())),
         heads={task: len(head) for task, head in tvs.heads.items()},
-        inputs=tvs.base.nbytes + sum(getattr(w, "source", w).nbytes for w in tvs.experts.values()),
+        inputs=_input_bytes(tvs),
         writes=work.writes + sum(head.nbytes for head in tvs.heads.values()) if adapter is None else adapter,
         files=sum(map(len, work.files)) if adapter is None else 1,
         learns=learns,
@@ -122,6 +124,15 @@ def preview(recipe: Recipe, tvs: TaskVectors) -> Preview:
         threads=None if learns else work.threads,
         out=str(recipe.out.path) if recipe.out.path else None,
     )
+
+
+def _input_bytes(tvs: TaskVectors) -> int:
+    """Bytes of base and experts; of what is computed, those of the checkpoints behind it."""
+    sources: dict[int, Weights] = {}
+    for weights in (tvs.base, *tvs.experts.values()):
+        behind: list[Weights] = [*checkpoints_behind(weights)]
+        sources |= {id(one): one for one in behind or [weights]}
+    return sum(one.nbytes for one in sources.values())
 
 
 def run_recipe(
@@ -241,15 +252,15 @@ def _open(recipe: Recipe, run: Run) -> "tuple[TaskVectors, Tasks | None]":
 def _report(recipe: Recipe, tvs: TaskVectors, run: Run, command: str | None, *, seconds: float) -> "Report":
     from calmerge.report import results
 
-    names = [step.name for step in recipe.merge]
-    last = recipe.merge[-1].to_data()
-    options: Mapping[str, Any] = last[names[-1]] if isinstance(last, dict) else {}  # type: ignore[assignment]
+    names = [step.name for step in recipe.merge] or ["stack"]
+    last = recipe.merge[-1].to_data() if recipe.merge else recipe.to_dict()
+    options = last[names[-1]] if isinstance(last, dict) else {}
     learns = recipe.needs_tasks()
     transductive = recipe.tasks is not None and recipe.tasks.transductive
     row = results.Row(
         method=names[-1],
         label=" > ".join(names),
-        options=dict(options),
+        options=options if isinstance(options, dict) else {"cases": options},
         seed=recipe.seed,
         seconds=seconds,
         data="unlabelled pool" if learns else "none",
@@ -257,7 +268,7 @@ def _report(recipe: Recipe, tvs: TaskVectors, run: Run, command: str | None, *, 
         trace=next(iter(run.trace.values()), None),
     )
     return results.Report(
-        title=f"{', '.join(tvs.tasks)}: merged with {row.label}",
+        title=f"{', '.join(tvs.tasks) or Path(recipe.file).stem}: merged with {row.label}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         versions=results.Versions(**_environment()),
@@ -265,8 +276,8 @@ def _report(recipe: Recipe, tvs: TaskVectors, run: Run, command: str | None, *, 
         inputs={
             name: results.Input(label=str(label), sha256=_joined(hashes(weights)))
             for name, label, weights in [
-                ("base", recipe.base, tvs.base),
-                *((task, recipe.experts[task], weights) for task, weights in tvs.experts.items()),
+                ("base", key_of(recipe.base) if recipe.base else "none", tvs.base),
+                *((task, key_of(recipe.experts[task]), weights) for task, weights in tvs.experts.items()),
             ]
         },
         seeds=[recipe.seed] if recipe.seed is not None else [],

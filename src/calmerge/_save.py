@@ -18,7 +18,7 @@ from calmerge._plan import plan
 from calmerge._run import Run
 from calmerge._size import bytes_of
 from calmerge._task_vectors import TaskVectors, own_names
-from calmerge._weights import BLOCK, Gathered, Weights, add, digest
+from calmerge._weights import BLOCK, Gathered, Node, Weights, add, digest
 from calmerge._writer import MANIFEST, copy_side_files, write_json, write_weights
 
 
@@ -220,6 +220,9 @@ def hashes(weights: Weights) -> dict[str, str]:
         return hashes(source) | {"adapter_config.json as read": hashlib.sha256(said.encode()).hexdigest()}
     if isinstance(source, Checkpoint):
         return source.hashes
+    behind = checkpoints_behind(source)
+    if behind:
+        return {f"{one.label}: {file}": found for one in behind for file, found in one.hashes.items()}
     digest = hashlib.sha256()
     for name in sorted(source):
         digest.update(name.encode())
@@ -232,6 +235,21 @@ def _content(recipe: Mapping[str, Any]) -> dict[str, Any]:
     out = recipe.get("out")
     kept = {k: v for k, v in out.items() if k in ("dtype", "shard")} if isinstance(out, Mapping) else {}
     return {**recipe, "out": kept}
+
+
+def checkpoints_behind(node: Node) -> list[Checkpoint]:
+    """The checkpoints that a computation reads, each once."""
+    found: dict[int, Checkpoint] = {}
+    seen: set[int] = set()
+    waiting: list[Node] = [node]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            waiting += one.inputs
+            if isinstance(one, Checkpoint):
+                found[id(one)] = one
+    return sorted(found.values(), key=lambda c: c.label)
 
 
 def _key(tvs: TaskVectors, recipe: Mapping[str, Any], weights: Weights, shard: str | int) -> dict[str, str]:
@@ -267,12 +285,14 @@ def check_apart(path: Path, tvs: TaskVectors) -> None:
     path = path.resolve()
     for label, weights in {"the base": tvs.base, **{f"expert '{t}'": w for t, w in tvs.experts.items()}}.items():
         source = getattr(weights, "source", weights)
-        files = [f.resolve() for f in source.files] if isinstance(source, Checkpoint) else []
-        folder = source.folder.resolve() if source.folder else None
-        if path == folder or path in files or path in [f.parent for f in files]:
-            raise OutputError(f"the output would overwrite {label}; name another folder.")
-        if folder is not None and folder in path.parents:
-            raise OutputError(f"the output would lie inside {label} ({folder}); name a folder outside of it.")
+        behind: list[Weights] = [*checkpoints_behind(source)]
+        for one in behind or [source]:
+            files = [f.resolve() for f in one.files] if isinstance(one, Checkpoint) else []
+            folder = one.folder.resolve() if one.folder else None
+            if path == folder or path in files or path in [f.parent for f in files]:
+                raise OutputError(f"the output would overwrite {label}; name another folder.")
+            if folder is not None and folder in path.parents:
+                raise OutputError(f"the output would lie inside {label} ({folder}); name a folder outside of it.")
 
 
 def own_version() -> str:

@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, Self
 
 import torch
@@ -65,11 +66,13 @@ class Weights(Node, Mapping[str, Tensor]):
         specs: shape and dtype by name.
         elementwise: whether rows can be had without reading the whole tensor.
         folder: where they were opened, if that is a folder with side files (configuration, tokenizer).
+        edits: side files that differ from those in the folder: their content, or None for one that is left out.
     """
 
     specs: Mapping[str, Spec]
     elementwise: bool = True
     folder: Path | None = None
+    edits: Mapping[str, bytes | None] = MappingProxyType({})
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The tensor `name`, or its `rows` along the first dimension.
@@ -218,6 +221,12 @@ class Gathered(Weights):
         self.inputs = tuple(sources.values())
         self.specs = {own: source.specs[name] for own, (source, name) in parts.items()}
         self.elementwise = all(source.elementwise for source in sources.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a source does, or when a tensor comes from elsewhere."""
+        prints = {id(source): source.fingerprint for source, _ in self.parts.values()}
+        return digest([(own, prints[id(source)], theirs) for own, (source, theirs) in self.parts.items()])
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The tensor where it comes from."""

@@ -115,25 +115,28 @@ def copy_side_files(source: Weights, folder: Path, *, dtype: torch.dtype | None 
     (pooling of a sentence encoder).
 
     Args:
-        source: the base.
+        source: the base; its `edits` take the place of files of the same names.
         folder: where the copies go.
         dtype: of the weights that come out, for `config.json` to say; as it is when None.
     """
-    place = getattr(source, "folder", None)
-    if place is None:
-        return {}
-    copied = [file for file in sorted(place.iterdir()) if file.is_file() and _beside_weights(file)]
-    for inner in [*_modules(place), "additional_chat_templates"]:
-        copied += sorted(f for f in (place / inner).rglob("*") if f.is_file())
-    hashes = {}
-    for file in copied:
-        target = folder / file.relative_to(place)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
-        if file.name == "config.json" and file.parent == place and dtype is not None:
-            _say_dtype(target, str(dtype).removeprefix("torch."))
-        hashes[str(file.relative_to(place))] = sha256(target)
-    return hashes
+    place = source.folder
+    copied: list[str] = []
+    if place is not None:
+        found = [file for file in sorted(place.iterdir()) if file.is_file() and _beside_weights(file)]
+        for inner in [*_modules(place), "additional_chat_templates"]:
+            found += sorted(f for f in (place / inner).rglob("*") if f.is_file())
+        copied = [str(file.relative_to(place)) for file in found]
+    for name in copied:
+        if place is not None and name not in source.edits:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(place / name, folder / name)
+    for name, content in source.edits.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
+    if dtype is not None and (folder / "config.json").is_file():
+        _say_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
+    written = dict.fromkeys([*copied, *source.edits])
+    return {name: sha256(folder / name) for name in written if (folder / name).is_file()}
 
 
 def _beside_weights(file: Path) -> bool:

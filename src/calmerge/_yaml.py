@@ -77,10 +77,14 @@ def load(path: str | Path) -> Node:
         UsageError: no such file, no text, or no valid YAML; with file and line.
     """
     path = Path(path).expanduser()
+    return parse(_text(path), path.name)
+
+
+def _text(path: Path) -> str:
     try:
         if path.is_file() and path.stat().st_size > MAX_BYTES:
             raise UsageError(f"{path}: larger than {MAX_BYTES / 1e6:g} MB; is this a YAML file?")
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file.{_neighbours(path)}") from None
     except IsADirectoryError:
@@ -89,7 +93,6 @@ def load(path: str | Path) -> Node:
         raise UsageError(f"{path}: not a text file in UTF-8; a YAML file was expected.") from None
     except OSError as e:
         raise UsageError(f"{path}: cannot be read ({e.strerror}).") from None
-    return parse(text, path.name)
 
 
 def parse(text: str, name: str) -> Node:
@@ -102,8 +105,28 @@ def parse(text: str, name: str) -> Node:
     Traceback (most recent call last):
     calmerge._errors.UsageError: recipe.yaml:3: the key 'a' was given before, on line 1. Remove one of the two.
     """
+    return only_document([_read(tree, name) for tree in _compose(text, name)], name)
+
+
+def only_document(documents: Sequence[Node], name: str) -> Node:
+    """The one document of a file that may have no more."""
+    if len(documents) > 1:
+        raise UsageError(
+            f"{documents[1].where}: not valid YAML (a second document). Keep one document only, without a second '---'."
+        )
+    return documents[0]
+
+
+def load_documents(path: str | Path) -> list[Node]:
+    """The documents of a YAML file, one or several with `---` between."""
+    path = Path(path).expanduser()
+    return [_read(tree, path.name) for tree in _compose(_text(path), path.name)]
+
+
+def _compose(text: str, name: str) -> list[yaml.Node]:
+    """The documents of a text that hold something."""
     try:
-        tree = yaml.compose(text, Loader=_Loader)
+        trees = [tree for tree in yaml.compose_all(text, Loader=_Loader) if tree is not None]
     except yaml.MarkedYAMLError as e:
         raise UsageError(_syntax(e, text, name)) from None
     except yaml.reader.ReaderError as e:
@@ -111,8 +134,12 @@ def parse(text: str, name: str) -> Node:
         raise UsageError(f"{name}:{line}: the character {chr(e.character)!r} may not stand in YAML.") from None
     except RecursionError:
         raise UsageError(f"{name}: nested too deeply; {MAX_DEPTH} levels are the most.") from None
-    if tree is None:
+    if not trees:
         raise UsageError(f"{name}: the file is empty.")
+    return trees
+
+
+def _read(tree: yaml.Node, name: str) -> Node:
     reading = _Reading(name)
     node = reading.node(tree, tree.start_mark.line, ())
     raise_together(reading.problems)
@@ -128,8 +155,12 @@ def from_data(data: Any, name: str) -> Node:
     return _from_data(data, name, "")
 
 
-def dump(data: Any) -> str:
+def dump(data: Any, *, compact: bool = False) -> str:
     """Plain data as YAML that `parse` reads back to the same; keys in their order.
+
+    Args:
+        data: scalars, lists and mappings.
+        compact: whether a list or mapping of scalars is written on one line.
 
     >>> print(dump({"experts": {"no": "./a"}, "merge": [{"ties": {"keep": 1e-05}}]}), end="")
     experts:
@@ -138,7 +169,10 @@ def dump(data: Any) -> str:
     - ties:
         keep: 1.0e-05
     """
-    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+    style = None if compact else False
+    return str(
+        yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=style)
+    )
 
 
 class _Reading:
@@ -269,9 +303,6 @@ def _syntax(error: yaml.MarkedYAMLError, text: str, name: str) -> str:
     problem = error.problem or error.context or "not valid"
     if "\t" in shown[: len(shown) - len(shown.lstrip())] or "'\\t'" in problem:
         advice = "Lines are indented with spaces in YAML; replace the tab."
-    elif "single document" in (error.context or ""):
-        problem = "a second document"
-        advice = "Keep one document only, without a second '---'."
     elif "mapping values are not allowed" in problem:
         advice = "Check the indentation, and quote text that holds ': '."
     elif "undefined alias" in problem or "scanning an alias" in (error.context or ""):

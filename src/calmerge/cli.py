@@ -97,7 +97,8 @@ def demo(
 
 @app.command(short_help="Merge as a recipe says.")
 def merge(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file; see docs/recipes.md.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (docs/recipes.md), or mergekit's YAML.")],
+    place: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="The same as --out.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the result; the recipe's if not given.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, read no tensor.")
@@ -124,6 +125,9 @@ def merge(
     from calmerge._recipe_run import open_inputs, preview, run_recipe
     from calmerge.recipe import load_recipe, with_out
 
+    if place is not None and out is not None:
+        raise UsageError(f"the folder of the result is given twice: '{place}' and --out '{out}'.")
+    out = out or place
     checked = with_out(load_recipe(recipe), dtype=dtype, shard=shard, max_memory=max_memory)
     if dry_run:
         found = preview(checked, open_inputs(checked)).to_dict() | ({"out": str(out)} if out else {})
@@ -251,9 +255,9 @@ def validate(
     Names every mistake with its line, checks that the files are there and the checkpoints fit, and prints the plan:
     what is merged, passes, bytes and memory. From headers alone; 'merge --dry-run' is the same with merge's options.
     """
-    from calmerge._yaml import load
+    from calmerge._yaml import load_documents
 
-    if load(file).get("suite") is not None:
+    if load_documents(file)[0].get("suite") is not None:
         found = _validate_suite(file)
     else:
         from calmerge._recipe_run import open_inputs, preview
@@ -263,7 +267,7 @@ def validate(
         found = preview(checked, open_inputs(checked)).to_dict()
 
     def show() -> None:
-        typer.echo(f"{file.name} is fine: {', '.join(found['tasks'])}.")
+        typer.echo(f"{file.name} is fine{': ' if found['tasks'] else ''}{', '.join(found['tasks'])}.")
         if "steps" in found:
             typer.echo()
             _show().preview(found)
@@ -289,6 +293,26 @@ def verify(
     _show().emit({"faults": faults}, as_json, lambda: typer.echo("\n".join(faults) or sound))
     if faults:
         raise typer.Exit(1)
+
+
+@app.command(short_help="Print mergekit's YAML as a recipe.")
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="CONFIG", help="A file written for mergekit.")],
+    out: Annotated[Path | None, typer.Option("--out", help="A file for the recipe; printed if not given.")] = None,
+) -> None:
+    """Example: calmerge convert config.yml --out recipe.yaml
+
+    The recipe merges the same models to the same bytes. Models are opened, from their headers alone, where parameters
+    differ from tensor to tensor. Paths start where you are, so keep the recipe here, or give it a place with --out.
+    """
+    from calmerge.mergekit import convert_file
+
+    text = convert_file(file, out=out)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text)
+        typer.echo(f"wrote the recipe to {out}")
 
 
 @app.command(short_help="Write one task's full model.")

@@ -12,19 +12,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from calmerge._adapter_config import adapter_options
 from calmerge._errors import UsageError, did_you_mean
+from calmerge._inputs import Input, key_of, read_input
 from calmerge._pipe import Methods, Step, Surroundings, build_pipe, check_pipe, needs_tasks, read_pipe, walk
 from calmerge._signature import Seed, check, options_of, raise_together
 from calmerge._size import bytes_of
-from calmerge._yaml import Data, Node, dump, from_data, load
+from calmerge._yaml import Data, Node, dump, from_data, load_documents, only_document
 from calmerge.suites.suite import Suite, check_splits, lines_of, load_suite, located, read_model, read_tasks
 
 if TYPE_CHECKING:
     from calmerge._merged import Merged
     from calmerge._run import Run
     from calmerge._task_vectors import TaskVectors
+    from calmerge._tokens import TokenizerPlan
     from calmerge._weights import Weights
     from calmerge.tasks.base import Tasks
 
+_MERGEKIT = ("merge_method", "models", "slices", "modules", "gate_mode", "genome")
 DType = Literal["float32", "float16", "bfloat16"]
 
 
@@ -53,9 +56,13 @@ class Recipe:
     """A checked recipe.
 
     Args:
-        base: path (absolute) or hub id of what the experts were fine-tuned from.
-        experts: path or hub id by task.
+        base: path (absolute) or hub id of what the experts were fine-tuned from, or another input (see `_inputs`); None
+            for merges of the weights themselves.
+        experts: path, hub id or other input by task.
         merge: the steps of the pipe.
+        stack: inputs whose layers are put on top of each other, in place of base, experts and merge.
+        tokenizer: how the vocabularies are aligned; None leaves them.
+        chat_template: of the result; None leaves the base's.
         exclude: shell patterns of tensors that are not merged.
         heads: shell patterns of tensors that are kept per task although all have them in one shape.
         tasks: the model's kind and the tasks' data, as a suite; None if the recipe has none.
@@ -65,11 +72,15 @@ class Recipe:
         file: "recipe.yaml", for messages.
         folder: where relative paths start.
         lines: where base and experts are named, `{"base": "recipe.yaml:1", "experts.cars": "recipe.yaml:3"}`.
+        name: what messages call the recipe where it is an input of another one.
     """
 
-    base: Path | str
-    experts: Mapping[str, Path | str]
+    base: Input | None
+    experts: Mapping[str, Input]
     merge: Sequence[Step]
+    stack: Sequence[Input] = ()
+    tokenizer: "TokenizerPlan | None" = None
+    chat_template: str | None = None
     exclude: Sequence[str] = ()
     heads: Sequence[str] = ()
     tasks: Suite | None = None
@@ -79,6 +90,22 @@ class Recipe:
     file: str = "recipe"
     folder: Path = Path()
     lines: Mapping[str, str] = field(default_factory=dict, repr=False)
+    name: str = "recipe"
+
+    @property
+    def without_heads(self) -> bool:
+        """Whether all tensors have to be merged, none kept per task: merges of weights, and of aligned vocabularies."""
+        return self.base is None or self.tokenizer is not None
+
+    def inputs(self) -> list[Input]:
+        """Base and experts, or the slices of the stack."""
+        return [*([self.base] if self.base is not None else []), *self.experts.values(), *self.stack]
+
+    def models(self) -> list[Input]:
+        """The inputs, those of a stack's slices in place of the slices that are merges."""
+        if not self.stack:
+            return self.inputs()
+        return [one for slice in self.stack for one in (slice.models() if isinstance(slice, Recipe) else [slice])]
 
     def to_dict(self) -> dict[str, Data]:
         """The recipe as plain data, as it was written; `recipe_from_dict` reads it back."""
@@ -97,6 +124,8 @@ class Recipe:
 def load_recipe(path: str | Path, *, methods: Methods | None = None) -> Recipe:
     """The recipe of a YAML file; relative paths in it start at its folder.
 
+    A file of mergekit's is told by its keys and becomes the recipe that says the same; its paths start where you are.
+
     Args:
         path: the file.
         methods: functions by name; `calmerge.methods.METHODS` if not given.
@@ -105,16 +134,23 @@ def load_recipe(path: str | Path, *, methods: Methods | None = None) -> Recipe:
         UsageError: the file is missing or no YAML, or the recipe has mistakes: all together, each with its line.
     """
     path = Path(path).expanduser()
-    return _read(load(path), path.name, path.resolve().parent, _table(methods))
+    documents = load_documents(path)
+    if any(document.get(key) is not None for document in documents for key in _MERGEKIT):
+        from calmerge.mergekit import load_mergekit
+
+        return load_mergekit(path)
+    return _read(only_document(documents, path.name), path.name, path.resolve().parent, _table(methods))
 
 
-def recipe_from_dict(data: Mapping[str, Any], *, folder: str | Path = ".", methods: Methods | None = None) -> Recipe:
-    """The recipe of plain data; relative paths start at `folder`.
+def recipe_from_dict(
+    data: Mapping[str, Any], *, folder: str | Path = ".", file: str = "recipe", methods: Methods | None = None
+) -> Recipe:
+    """The recipe of plain data; relative paths start at `folder`, `file` is what messages call it.
 
     Raises:
         UsageError: mistakes, all of them together, each with its place.
     """
-    return _read(from_data(data, "recipe"), "recipe", Path(folder).resolve(), _table(methods))
+    return _read(from_data(data, file), file, Path(folder).resolve(), _table(methods))
 
 
 def build(
@@ -164,9 +200,12 @@ def with_out(recipe: Recipe, **options: Any) -> Recipe:
 
 def _keys_of_a_recipe(
     *,
-    merge: Any,
-    base: str = "",
-    experts: Mapping[str, str] = MappingProxyType({}),
+    merge: Any = None,
+    base: Any = None,
+    experts: Mapping[str, Any] = MappingProxyType({}),
+    stack: Any = None,
+    tokenizer: Any = None,
+    chat_template: str | None = None,
     exclude: Sequence[str] = (),
     heads: Sequence[str] = (),
     model: Any = None,
@@ -178,30 +217,40 @@ def _keys_of_a_recipe(
     """The top level of the file, in a form that `check` can read."""
 
 
-def _read(node: Node, file: str, folder: Path, methods: Methods) -> Recipe:
+def _read(node: Node, file: str, folder: Path, methods: Methods, name: str = "recipe") -> Recipe:
     if not node.is_mapping():
         raise UsageError(f"{node.where}: a recipe is a mapping with the keys base, experts and merge.")
     problems: list[str] = []
     parts: dict[str, Any] = {key: part.plain() for key, part in node.items()}
     _check_keys(node, parts, methods, problems)
     parts |= {key: () for key in ("exclude", "heads") if not isinstance(parts.get(key, []), list)}  # a mistake by now
-    experts = (
-        {name: located(at, folder) for name, at in (parts.get("experts") or {}).items() if isinstance(at, str)}
-        if isinstance(parts.get("experts"), dict)
-        else {}
-    )
-    base = located(parts["base"], folder) if isinstance(parts.get("base"), str) else None
-    suite = _read_tasks(node, file, folder, base, experts, methods, problems)
+
+    def inner(node: Node, what: str) -> Recipe | None:
+        return _read_inner(node, file, folder, methods, f"{what} ({node.where})", problems)
+
+    def source(node: Node, what: str) -> Input | None:
+        return read_input(node, folder, problems, what=what, read_recipe=inner)
+
+    given = node.get("experts")
+    found = {task: source(at, f"expert '{task}'") for task, at in (given.items() if given is not None else ())}
+    experts = {task: at for task, at in found.items() if at is not None}
+    stated = node.get("base")
+    base = source(stated, "the base") if stated is not None and stated.value is not None else None
+    stack = _read_stack(node, source, problems)
+    plain = {task: at for task, at in experts.items() if isinstance(at, (Path, str))}
+    suite = _read_tasks(node, file, folder, base if isinstance(base, (Path, str)) else None, plain, methods, problems)
     if suite is not None and "suite" in suite.data:  # a suite brings what the recipe leaves out
         base = base or suite.base
-        experts = experts or suite.experts
+        experts = experts or dict(suite.experts)
+        plain = plain or dict(suite.experts)
         parts = {"exclude": suite.exclude, "heads": suite.heads, **parts}
-    _check_inputs(node, base, experts, suite, problems)
+    if "stack" not in parts:
+        _check_inputs(node, base, experts, suite, problems)
     if suite is not None:
-        tasks = {n: replace(suite.tasks[n], expert=at) for n, at in experts.items() if n in suite.tasks}
+        tasks = {n: replace(suite.tasks[n], expert=at) for n, at in plain.items() if n in suite.tasks}
         suite = replace(
             suite,
-            base=base or suite.base,
+            base=base if isinstance(base, (Path, str)) else suite.base,
             tasks=tasks,
             exclude=tuple(parts.get("exclude") or ()),
             heads=tuple(parts.get("heads") or ()),
@@ -209,14 +258,17 @@ def _read(node: Node, file: str, folder: Path, methods: Methods) -> Recipe:
     steps: tuple[Step, ...] = ()
     if node.get("merge") is not None:
         steps = read_pipe(node.value["merge"], problems)
-        problems += check_pipe(steps, methods, has_tasks=node.get("tasks") is not None)
+        problems += check_pipe(steps, methods, has_tasks=node.get("tasks") is not None, inner=name != "recipe")
     out = _read_out(node.get("out"), folder, problems)
+    tokenizer = _read_tokenizer(node, folder, base, experts, stack, problems)
     raise_together(problems)
-    assert base is not None  # its absence is one of the problems
     return Recipe(
         base=base,
         experts=experts,
         merge=steps,
+        stack=stack,
+        tokenizer=tokenizer,
+        chat_template=parts.get("chat_template"),
         exclude=tuple(parts.get("exclude") or ()),
         heads=tuple(parts.get("heads") or ()),
         tasks=suite,
@@ -226,6 +278,7 @@ def _read(node: Node, file: str, folder: Path, methods: Methods) -> Recipe:
         file=file,
         folder=folder,
         lines=_lines(node),
+        name=name,
     )
 
 
@@ -233,6 +286,58 @@ def _lines(node: Node) -> dict[str, str]:
     base, named = node.get("base"), node.get("experts")
     lines = {f"experts.{name}": at.where for name, at in (named.items() if named else ())}
     return {**({"base": base.where} if base else {}), **lines}
+
+
+def _read_inner(node: Node, file: str, folder: Path, methods: Methods, name: str, problems: list[str]) -> Recipe | None:
+    """A recipe that is an input of another one: it has no data and no place of its own."""
+    for key in ("tasks", "model", "transductive", "heads"):
+        if node.get(key) is not None:
+            problems.append(f"{node.value[key].where}: a merge inside a recipe cannot have '{key}'.")
+            return None
+    try:
+        return _read(node, file, folder, methods, name)
+    except UsageError as e:
+        problems += [line.strip() for line in str(e).splitlines() if not line.endswith("mistakes:")]
+        return None
+
+
+def _read_stack(node: Node, source: Callable[[Node, str], Input | None], problems: list[str]) -> tuple[Input, ...]:
+    stack = node.get("stack")
+    if stack is None:
+        return ()
+    if not stack.is_list() or not stack.value:
+        problems.append(f"{stack.where}: 'stack' is a list of slices, as in [{{model: ./a, layers: [0, 8]}}, ...].")
+        return ()
+    for key in ("base", "experts", "merge"):
+        if node.get(key) is not None:
+            problems.append(f"{node.value[key].where}: a recipe has 'stack' or '{key}'; put '{key}' into a slice.")
+    slices = []
+    for position, one in enumerate(stack.value, 1):
+        for key in ("stack", "tokenizer", "chat_template", "out"):
+            if one.get(key) is not None:
+                problems.append(f"{one.value[key].where}: a slice of a stack cannot have '{key}' of its own.")
+        slices.append(source(one, f"slice {position}"))
+    return tuple(one for one in slices if one is not None)
+
+
+def _read_tokenizer(
+    node: Node,
+    folder: Path,
+    base: Input | None,
+    experts: Mapping[str, Input],
+    stack: Sequence[Input],
+    problems: list[str],
+) -> "TokenizerPlan | None":
+    section = node.get("tokenizer")
+    if section is None:
+        return None
+    from calmerge._tokens import read_tokenizer
+
+    names = {**{task: key_of(at) for task, at in experts.items()}, **({"base": key_of(base)} if base else {})}
+    for slice in stack:
+        inner: dict[str, Input | None] = {**slice.experts, "base": slice.base} if isinstance(slice, Recipe) else {}
+        names |= {task: key_of(at) for task, at in inner.items() if at is not None}
+    return read_tokenizer(section, lambda text: names.get(text, str(located(text, folder))), problems)
 
 
 def _check_keys(node: Node, parts: Mapping[str, Any], methods: Methods, problems: list[str]) -> None:
@@ -252,11 +357,13 @@ def _check_keys(node: Node, parts: Mapping[str, Any], methods: Methods, problems
 
 def _check_inputs(
     node: Node,
-    base: Path | str | None,
-    experts: Mapping[str, Path | str],
+    base: Input | None,
+    experts: Mapping[str, Input],
     suite: Suite | None,
     problems: list[str],
 ) -> None:
+    if "merge" not in node.value:
+        problems.append(f"{node.where}: recipe needs the key 'merge'.")
     if base is None and "base" not in node.value:
         problems.append(f"{node.where}: recipe needs the key 'base': what the experts were fine-tuned from.")
     if not experts:

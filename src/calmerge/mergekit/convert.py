@@ -1,0 +1,421 @@
+"""mergekit's files as recipes: every parameter resolved for every tensor, equal tensors put together again."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calmerge._errors import UsageError, did_you_mean
+from calmerge._inputs import Input, Piece
+from calmerge._layers import layers
+from calmerge._open import open_models
+from calmerge._signature import name_of
+from calmerge._stack import Part, depth, some_layers
+from calmerge._weights import Weights
+from calmerge._yaml import Data, Node, dump, load_documents
+from calmerge.mergekit.document import Document, Module, Parameters, Slice, Source, read_document
+from calmerge.mergekit.methods import default_of, parameters_of, per_model, role_of
+from calmerge.mergekit.patterns import cases
+from calmerge.mergekit.patterns import depth as depth_of
+from calmerge.mergekit.reference import Reference, parse_reference
+from calmerge.mergekit.settings import Scalar, Setting
+from calmerge.methods.mergekit import MERGEKIT_METHODS
+from calmerge.recipe import Recipe, recipe_from_dict
+from calmerge.suites.suite import located
+
+Options = tuple[tuple[str, Any], ...]
+"""What a method is called with: names and values, as something that can be compared."""
+
+
+def load_mergekit(path: str | Path, *, folder: str | Path = ".") -> Recipe:
+    """The recipe that says the same as a file of mergekit's.
+
+    Args:
+        path: the file; of several documents the last is the merge, those before it are its inputs.
+        folder: where relative paths start.
+
+    Raises:
+        UsageError: mistakes in the file, all of a document together, each with its line.
+        CheckpointError: a model cannot be opened, where its tensors are needed to resolve a parameter.
+    """
+    return recipe_from_dict(convert(path, folder=folder), folder=folder, file=Path(path).name)
+
+
+def convert(path: str | Path, *, folder: str | Path = ".") -> dict[str, Data]:
+    """A file of mergekit's as the data of a recipe; see `load_mergekit`."""
+    nodes = load_documents(path)
+    made: dict[str, dict[str, Data]] = {}
+    for position, node in enumerate(nodes):
+        document = read_document(node, list(made))
+        found = _Conversion(document, made, Path(folder).resolve()).recipe()
+        if position == len(nodes) - 1:
+            return found
+        if document.name is None:
+            raise UsageError(
+                f"{document.where}: every document but the last needs a 'name', under which others use it."
+            )
+        if document.name in made:
+            raise UsageError(f"{document.where}: two documents are called '{document.name}'.")
+        made[document.name] = found
+    raise UsageError(f"{path}: the file is empty.")
+
+
+def convert_file(path: str | Path, *, out: str | Path | None = None) -> str:
+    """The recipe that says the same as a file of mergekit's, as text.
+
+    Args:
+        path: the file; relative paths in it start where you are.
+        out: where the text is going to lie, if not where you are: relative paths then start there.
+    """
+    found = convert(path)
+    if out is not None:
+        found = _relocated(found, Path(), Path(out).resolve().parent)
+    return f"# {Path(path).name}, as calmerge convert reads it.\n{dump(found, compact=True)}"
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the result: its name, its module's parameters, its depth, and its name in each source."""
+
+    name: str
+    module: Module
+    t: float
+    names: Sequence[str]
+
+
+class _Conversion:
+    """One document on its way to a recipe."""
+
+    def __init__(self, document: Document, made: Mapping[str, Mapping[str, Data]], folder: Path) -> None:
+        self.document, self.made, self.folder = document, made, folder
+        self.opened: dict[str, Weights] = {}
+        self.missed: dict[tuple[str, str], str] = {}  # filters that fitted no tensor yet, and their places
+        self.hit: set[tuple[str, str]] = set()
+
+    def recipe(self) -> dict[str, Data]:
+        slices = self._slices()
+        parts: list[dict[str, Data]] = []
+        start = 0
+        for position, (slice, modules) in enumerate(slices):
+            part = Part(start, position == 0, position == len(slices) - 1)
+            parts.append(self._slice(slice, modules, part))
+            start += self._length(slice) if len(slices) > 1 else 0
+        self._check_filters()
+        found: dict[str, Data] = {}
+        if len(parts) == 1 and "merge" in parts[0]:
+            found |= parts[0]
+        else:
+            found["stack"] = [_plain(part) for part in parts]
+        if self.document.tokenizer is not None:
+            found["tokenizer"] = self._tokenizer(self.document.tokenizer, [slice for slice, _ in slices])
+        if self.document.chat_template is not None:
+            found["chat_template"] = self.document.chat_template
+        dtype = self.document.dtype or self._common_dtype(slices)
+        if dtype is not None:
+            found["out"] = {"dtype": dtype}
+        return found
+
+    def _slices(self) -> list[tuple[Slice, list[Module]]]:
+        """The slices, each with the modules that it may be part of."""
+        modules = list(self.document.modules)
+        if len(modules) == 1:
+            return [(slice, modules) for slice in modules[0].slices]
+        models = [[s.model for s in m.slices[0].sources] for m in modules]
+        if any(len(m.slices) > 1 or m.slices[0].sources[0].layers for m in modules) or any(
+            x != models[0] for x in models
+        ):
+            raise UsageError(
+                f"{modules[1].where}: several modules are merged only where each has 'models', the same ones in the "
+                "same order. Merge the modules one after the other."
+            )
+        return [(modules[0].slices[0], modules)]
+
+    # A slice ------------------------------------------------------------------------------------------------
+
+    def _slice(self, slice: Slice, modules: list[Module], part: Part) -> dict[str, Data]:
+        """A slice as a recipe, or as the one model that it takes unchanged."""
+        base, sources = self._order(slice)
+        if self.document.method == "passthrough":
+            groups = self._groups(slice, sources, modules, part)
+            if all(dict(options).get("scale", [1.0]) == [1.0] for options in groups):
+                return {"": self._input(sources[0])}
+        else:
+            groups = self._groups(slice, sources, modules, part)
+        names = _task_names([s.model for s in sources])
+        found: dict[str, Data] = {"base": None if base is None else self._input(base)}
+        found["experts"] = {name: self._input(source) for name, source in zip(names, sources, strict=True)}
+        method = name_of(MERGEKIT_METHODS[self.document.method])
+        hints = sorted({e.filter for p in self.document.settings() for s in p.values() for e in s.entries if e.filter})
+        ordered = cases(groups, hints)
+
+        def call(options: Options) -> Data:
+            return (
+                {method: {_own(key): list(v) if isinstance(v, tuple) else v for key, v in options}}
+                if options
+                else method
+            )
+
+        if len(ordered) == 1:
+            found["merge"] = [call(ordered[0][0])]
+        else:
+            listed: list[Data] = []
+            for options, patterns in ordered:
+                case: dict[str, Data] = {"tensors": [*patterns]} if patterns else {}
+                listed.append(case | {"merge": call(options)})
+            found["merge"] = [{"where": listed}]
+        return found
+
+    def _order(self, slice: Slice) -> tuple[Source | None, list[Source]]:
+        """The base, if the method compares with one, and the other models in the order in which they are merged."""
+        base = slice.base or self.document.base
+        sources = list(slice.sources)
+        if base is None:
+            return None, sources
+        listed = next((s for s in sources if s.model == base), None)
+        others = [s for s in sources if s.model != base]
+        first = listed or Source(base, others[0].layers if others else None, {}, slice.where)
+        if role_of(self.document.method) in ("base", "either"):
+            return first, others
+        return None, [first, *others]
+
+    def _length(self, slice: Slice) -> int:
+        layers = slice.sources[0].layers
+        return layers[1] - layers[0] if layers else depth(self._open(slice.sources[0].model))[1]
+
+    # Parameters ---------------------------------------------------------------------------------------------
+
+    def _groups(
+        self, slice: Slice, sources: Sequence[Source], modules: list[Module], part: Part
+    ) -> dict[Options, list[str]]:
+        """The tensors of a slice by what the method is called with for them."""
+        levels = [p for s in sources for p in (s.parameters,)] + [slice.parameters, self.document.parameters]
+        levels += [module.parameters for module in modules]
+        if len(modules) == 1 and all(setting.constant for level in levels for setting in level.values()):
+            return {self._options(slice, sources, _Tensor("", modules[0], 0.0, [""] * len(sources))): [""]}
+        groups: dict[Options, list[str]] = {}
+        for tensor in self._tensors(sources, modules, part):
+            groups.setdefault(self._options(slice, sources, tensor), []).append(tensor.name)
+        return groups
+
+    def _options(self, slice: Slice, sources: Sequence[Source], tensor: _Tensor) -> Options:
+        found: list[tuple[str, Any]] = []
+        above = (slice.parameters, tensor.module.parameters, self.document.parameters)
+        for key, option in parameters_of(self.document.method).items():
+            if not per_model(option):
+                value = self._value(key, above, tensor.name, tensor.t)
+                if value is None and option.required:
+                    raise UsageError(
+                        f"{slice.where}: {self.document.method} needs the parameter '{key}'{_for(tensor)}."
+                    )
+                found += [(key, value)] if value is not None else []
+                continue
+            values = [
+                self._value(key, (source.parameters, *above), name, tensor.t)
+                for source, name in zip(sources, tensor.names, strict=True)
+            ]
+            if option.required and None in values:
+                source = sources[values.index(None)]
+                raise UsageError(
+                    f"{source.where}: {self.document.method} needs the parameter '{key}' of '{source.model}'"
+                    f"{_for(tensor)}. Write it under the model's 'parameters:', or under those of the whole merge."
+                )
+            if any(v is not None for v in values):
+                whole = [float(default_of(option) if v is None else v) for v in values]
+                found.append((key, (whole[0],) if len(set(whole)) == 1 else tuple(whole)))
+        self._check_sum(slice, dict(found), tensor)
+        return tuple(found)
+
+    def _value(self, key: str, levels: Sequence[Parameters], name: str, t: float) -> Scalar | None:
+        """The value of a parameter for a tensor, from the first level that has one."""
+        for level in levels:
+            if key in level:
+                self._note(level[key], name)
+                value = level[key].at(name, t)
+                if value is not None:
+                    return value
+        return None
+
+    def _note(self, setting: Setting, name: str) -> None:
+        for entry in setting.entries:
+            if entry.filter is not None:
+                place = (entry.where, entry.filter)
+                self.missed.setdefault(place, name)
+                if entry.filter in name:
+                    self.hit.add(place)
+
+    def _check_filters(self) -> None:
+        for where, text in self.missed:
+            if (where, text) not in self.hit:
+                parts = {part for w in self.opened.values() for name in w for part in name.split(".")}
+                raise UsageError(f"{where}: the filter '{text}' fits no tensor. {_near(text, parts)}")
+
+    def _check_sum(self, slice: Slice, options: Mapping[str, Any], tensor: _Tensor) -> None:
+        if self.document.method == "linear" and options.get("normalize", True):
+            weights = options["weight"]
+            if abs(sum(weights)) < 1e-8:
+                raise UsageError(
+                    f"{slice.where}: linear divides by the sum of the weights, which is 0 here{_for(tensor)}. Change "
+                    "the weights, or set normalize: false."
+                )
+
+    # Tensors ------------------------------------------------------------------------------------------------
+
+    def _tensors(self, sources: Sequence[Source], modules: list[Module], part: Part) -> list[_Tensor]:
+        """All tensors that come out of a slice."""
+        views = []
+        for source in sources:
+            whole = self._open(source.model)
+            view = some_layers(whole, source.layers, part, label=str(source.model))
+            stack, count = depth(whole)
+            first = source.layers[0] if source.layers else 0
+            views.append((view, stack, first, (source.layers[1] - first) if source.layers else count))
+        found = []
+        view, stack, _, count = views[0]
+        inside = layers(self._open(sources[0].model).specs)
+        for name in view:
+            index = _index(name, stack)
+            if sources[0].layers is None:
+                t = depth_of(inside[name].index, inside[name].count) if name in inside else 0.0
+                names = [name] * len(sources)
+            elif index is None:
+                t, names = 0.0, [name] * len(sources)
+            else:
+                t = depth_of(index - part.start, count)
+                names = [_moved(name, stack, index - part.start + start) for _, _, start, _ in views]
+            found.append(_Tensor(name, _module_of(name, modules), t, names))
+        for module in modules:
+            if len(modules) > 1 and not any(tensor.module is module for tensor in found):
+                raise UsageError(f"{module.where}: no tensor belongs to a module '{module.name}'.")
+        return found
+
+    def _open(self, model: Reference) -> Weights:
+        key = str(model)
+        if key not in self.opened:
+            source: Input = self._native(model)
+            self.opened |= {key: next(iter(open_models([source]).values()))}
+        return self.opened[key]
+
+    def _native(self, model: Reference) -> Input:
+        if model.model in self.made:
+            found: Any = recipe_from_dict(self.made[model.model], folder=self.folder)
+        else:
+            found = located(model.model, self.folder)
+        return Piece(found, located(model.adapter, self.folder)) if model.adapter else found
+
+    # What a recipe writes -----------------------------------------------------------------------------------
+
+    def _input(self, source: Source) -> Data:
+        model: Data = dict(self.made[source.model.model]) if source.model.model in self.made else source.model.model
+        if source.model.adapter is None and source.layers is None:
+            return model
+        found: dict[str, Data] = {"model": model}
+        if source.model.adapter is not None:
+            found["adapter"] = source.model.adapter
+        if source.layers is not None:
+            found["layers"] = list(source.layers)
+        return found
+
+    def _tokenizer(self, node: Node, slices: Sequence[Slice]) -> Data:
+        """The section with models as a recipe names them: as `base`, or by the name of the expert."""
+        names: dict[str, str] = {}
+        for slice in slices:
+            base, sources = self._order(slice)
+            tasks = _task_names([s.model for s in sources])
+            names |= {str(s.model): task for s, task in zip(sources, tasks, strict=True)}
+            names |= {str(base.model): "base"} if base is not None else {}
+
+        def renamed(data: Data) -> Data:
+            if not isinstance(data, dict):
+                return data
+            found = {key: renamed(value) for key, value in data.items()}
+            for key in ("source", "model"):
+                text = found.get(key)
+                if isinstance(text, str) and text not in ("union", "base"):
+                    text = str(parse_reference(text.removeprefix("model:"), node.where, list(self.made)))
+                    found[key] = names.get(text, text)
+            return found
+
+        plain = node.plain()
+        return renamed({"source": plain} if isinstance(plain, str) else plain)
+
+    def _common_dtype(self, slices: Sequence[tuple[Slice, list[Module]]]) -> str | None:
+        """The type in which all models fit, where that is not the base's own."""
+        models = [m for slice, _ in slices for m in [self._order(slice)[0], *self._order(slice)[1]] if m is not None]
+        if len({str(m.model) for m in models}) < 2:
+            return None
+        opened: list[Weights] = [self._open(m.model) for m in models]
+        types = [{s.dtype for s in w.specs.values() if s.dtype.is_floating_point} for w in opened]
+        if all(t == types[0] for t in types):
+            return None
+        return str(reduce(torch.promote_types, [d for t in types for d in t])).removeprefix("torch.")
+
+
+def _relocated(data: Any, here: Path, there: Path) -> Any:
+    """Recipe data whose local paths start at another folder."""
+
+    def moved(text: str) -> str:
+        place = located(text, here.resolve())
+        return os.path.relpath(place, there) if isinstance(place, Path) and not Path(text).is_absolute() else text
+
+    if isinstance(data, str):
+        return moved(data)
+    found = dict(data)
+    for key in ("base", "model", "adapter"):
+        if isinstance(found.get(key), (str, dict)):
+            found[key] = _relocated(found[key], here, there)
+    if "experts" in found:
+        found["experts"] = {task: _relocated(at, here, there) for task, at in found["experts"].items()}
+    if "stack" in found:
+        found["stack"] = [_relocated(one, here, there) for one in found["stack"]]
+    return found
+
+
+def _plain(part: dict[str, Data]) -> Data:
+    return part.get("", part)
+
+
+def _own(key: str) -> str:
+    """mergekit's name of a parameter as Python can write it."""
+    return "lambda_" if key == "lambda" else key
+
+
+def _for(tensor: _Tensor) -> str:
+    return f" for '{tensor.name}'" if tensor.name else ""
+
+
+def _index(name: str, stack: str) -> int | None:
+    found = re.match(rf"{re.escape(stack)}\.(\d+)\.", name) if stack else None
+    return int(found[1]) if found else None
+
+
+def _moved(name: str, stack: str, index: int) -> str:
+    return f"{stack}.{index}.{name.removeprefix(stack).lstrip('.').partition('.')[2]}"
+
+
+def _module_of(name: str, modules: list[Module]) -> Module:
+    fitting = [m for m in modules if f".{name}".find(f".{m.name}.") >= 0]
+    rest = Module("", (), {}, modules[0].where)
+    return modules[0] if len(modules) == 1 else max(fitting, key=lambda m: len(m.name), default=rest)
+
+
+def _near(text: str, parts: set[str]) -> str:
+    return did_you_mean(text, parts)
+
+
+def _task_names(models: Sequence[Reference]) -> list[str]:
+    """A short name for every model: the end of its path."""
+    names: list[str] = []
+    for model in models:
+        text = Path((model.adapter or model.model).partition("@")[0]).name
+        text = re.sub(r"[^\w.-]", "-", text).lstrip("-.") or "model"
+        number = 2
+        name = text
+        while name in names:
+            name, number = f"{text}-{number}", number + 1
+        names.append(name)
+    return names

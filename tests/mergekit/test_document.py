@@ -1,0 +1,210 @@
+"""mergekit's YAML: what is accepted, and every mistake with its line."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from calmerge import CalmergeError, UsageError
+from calmerge._open import merged
+from calmerge._yaml import parse
+from calmerge.mergekit.convert import convert, load_mergekit
+from calmerge.mergekit.document import read_document
+from calmerge.mergekit.patterns import cases
+from calmerge.mergekit.reference import read_reference
+from calmerge.mergekit.settings import at_depth
+
+HEAD = (
+    "merge_method: linear\nmodels:\n- {model: ./a, parameters: {weight: 1}}\n- {model: ./b, parameters: {weight: 1}}\n"
+)
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders a, b and c: an embedding, layers of one weight each (3, 3 and 5), a norm."""
+    for at, (name, depth) in enumerate({"a": 3, "b": 3, "c": 5}.items(), 1):
+        (tmp_path / name).mkdir()
+        tensors = {f"h.{i}.mlp.w": torch.full((2,), 10.0 * at + i) for i in range(depth)}
+        tensors |= {"embed.w": torch.full((2,), 100.0 * at), "norm.w": torch.full((2,), 100.0 * at + 1)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(UsageError) as e:
+        read_document(parse(text, "c.yml"))
+    return str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            HEAD.replace("linear", "dare-ties"),
+            "c.yml:1: no merge_method is called 'dare-ties'. Did you mean 'dare_ties'?",
+        ),
+        (HEAD + "normalize: true", "c.yml:5: 'normalize' is a parameter; write it under 'parameters:'"),
+        (HEAD + "dtype: int4", "c.yml:5: no dtype is called 'int4'."),
+        (HEAD + "embed_slerp: true", "c.yml:5: 'embed_slerp' is not read. Write 'tokenizer: {source: union}'"),
+        (HEAD + "input_model_parameters: []", "Write each model's parameters under its entry in 'models'."),
+        ("merge_method: linear\nmodels:\n- {model: ./a, weight: 1}", "c.yml:3: 'weight' is a parameter"),
+        (
+            "merge_method: linear\nmodels:\n- model: ./a\n  lora: [{path: ./b}]",
+            "an adapter is part of the model's name",
+        ),
+        (
+            "merge_method: passthrough\nslices:\n- sources:\n  - {model: ./a, layer_range: [0, -1]}",
+            "c.yml:4: layer_range is [first, end]",
+        ),
+        (
+            "merge_method: slerp\nbase_model: ./a\nmodels: [{model: ./b, parameters: {t: 1}}]",
+            "'t' of slerp is one for all models",
+        ),
+        ("gate_mode: hidden\nexperts: []", "Mixtures of experts (mergekit-moe) are not made here"),
+        (HEAD + "tokenizer: {source: union}\ntokenizer_source: base", "c.yml:5: a merge has 'tokenizer' or"),
+        (HEAD + "parameters: {weight: [{filter: x}]}", "c.yml:5: an entry of a list of filters is"),
+    ],
+)
+def test_each_mistake_names_its_line(text: str, says: str) -> None:
+    assert says in refusal(text)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat", "torch.bfloat16", "BF16"])
+def test_usual_names_of_types_are_understood(dtype: str) -> None:
+    assert read_document(parse(f"{HEAD}dtype: {dtype}", "c.yml")).dtype == "bfloat16"
+
+
+def test_a_parameter_without_effect_is_remarked(caplog: pytest.LogCaptureFixture) -> None:
+    text = HEAD.replace("linear", "nuslerp") + "parameters: {normalize: true, int8_mask: true}"
+    with caplog.at_level(logging.WARNING, "calmerge"):
+        read_document(parse(text, "c.yml"))
+    assert [r.getMessage() for r in caplog.records] == [
+        "c.yml:5: nuslerp has no parameter 'normalize'; it has no effect."
+    ]
+
+
+def test_a_gradient_has_its_last_value_in_the_last_layer() -> None:
+    assert [at_depth([0, 0.3, 0.7, 1], i / 3) for i in range(4)] == pytest.approx([0, 0.3, 0.7, 1])
+    assert at_depth([5], 1.0) == 5
+
+
+def test_outside_the_layers_a_gradient_has_its_first_value(models: Path) -> None:
+    (models / "c.yml").write_text(
+        "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: [1, 0]}}\n"
+        "- {model: b, parameters: {weight: [0, 1]}}\n"
+    )
+    found = {name: tensor[0].item() for name, tensor in merged(load_mergekit("c.yml")).items()}
+    assert found == {"embed.w": 100, "h.0.mlp.w": 10, "h.1.mlp.w": 16, "h.2.mlp.w": 22, "norm.w": 101}
+
+
+def test_the_only_layer_of_a_slice_has_the_last_value(models: Path) -> None:
+    (models / "c.yml").write_text(
+        "merge_method: linear\nslices:\n- sources:\n"
+        "  - {model: a, layer_range: [1, 2], parameters: {weight: [1, 0]}}\n"
+        "  - {model: b, layer_range: [1, 2], parameters: {weight: [0, 1]}}\n"
+    )
+    assert merged(load_mergekit("c.yml"))["h.0.mlp.w"][0] == 21
+
+
+def test_layers_are_stacked_and_counted_anew(models: Path) -> None:
+    (models / "a" / "config.json").write_text(
+        '{"num_hidden_layers": 3, "layer_types": ["x", "y", "z"], "vocab_size": 2}'
+    )
+    (models / "c" / "config.json").write_text(
+        '{"num_hidden_layers": 5, "layer_types": ["1", "2", "3", "4", "5"], "vocab_size": 2}'
+    )
+    (models / "c.yml").write_text(
+        "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 2]}]\n"
+        "- sources: [{model: c, layer_range: [3, 5]}]\n"
+    )
+    from calmerge._side_files import config_of
+
+    found = merged(load_mergekit("c.yml"))
+    assert {name: tensor[0].item() for name, tensor in found.items()} == {
+        "embed.w": 100, "h.0.mlp.w": 10, "h.1.mlp.w": 11, "h.2.mlp.w": 33, "h.3.mlp.w": 34, "norm.w": 301
+    }  # fmt: skip
+    assert config_of(found) == {"num_hidden_layers": 4, "layer_types": ["x", "y", "4", "5"], "vocab_size": 2}
+
+
+def test_filters_of_a_model_see_its_own_names_and_those_of_the_merge_the_new_ones(models: Path) -> None:
+    (models / "c.yml").write_text(
+        "merge_method: linear\nslices:\n- sources:\n  - {model: a, layer_range: [0, 2]}\n"
+        "  - {model: b, layer_range: [0, 2]}\n"
+        "- sources:\n  - {model: a, layer_range: [0, 1]}\n"
+        "  - model: b\n    layer_range: [1, 2]\n"
+        "    parameters: {weight: [{filter: h.1, value: 3}, {filter: h.2, value: 0}]}\n"
+        "  parameters: {normalize: [{filter: h.2, value: false}, {value: true}]}\n"
+        "parameters: {weight: 1}\n"
+    )
+    with pytest.raises(UsageError, match=r"the filter 'h\.2' fits no tensor"):
+        load_mergekit("c.yml")
+    (models / "c.yml").write_text((models / "c.yml").read_text().replace(", {filter: h.2, value: 0}", ""))
+    assert merged(load_mergekit("c.yml"))["h.2.mlp.w"][0] == 10 + 3 * 21
+
+
+def test_integers_are_copied(models: Path) -> None:
+    for name, step in (("a", 1), ("b", 2)):
+        save_file({"w": torch.ones(1) * step, "steps": torch.tensor([step])}, models / name / "model.safetensors")
+    (models / "c.yml").write_text(HEAD)
+    assert {k: v.item() for k, v in merged(load_mergekit("c.yml")).items()} == {"w": 1.5, "steps": 1}
+
+
+def test_without_a_dtype_the_models_types_meet(models: Path) -> None:
+    save_file({"w": torch.ones(1, dtype=torch.bfloat16)}, models / "a" / "model.safetensors")
+    save_file({"w": torch.ones(1)}, models / "b" / "model.safetensors")
+    (models / "c.yml").write_text(
+        "merge_method: task_arithmetic\nbase_model: a\nmodels: [{model: b, parameters: {weight: 1}}]\n"
+    )
+    assert convert("c.yml")["out"] == {"dtype": "float32"}
+
+
+def test_names_of_models(models: Path) -> None:
+    def read(text: str) -> str:
+        found = read_reference(parse(text, "c.yml"), [])
+        return f"{found.model} | {found.adapter}" if found else "nothing"
+
+    (models / "x+y@z").mkdir()
+    assert read("./x+y@z") == "./x+y@z | None"
+    assert read("org/m@main+org/l@v2") == "org/m@main | org/l@v2"
+    assert read("{model: {path: org/m, revision: main}, lora: {path: org/l}}") == "org/m@main | org/l"
+
+
+def test_a_name_of_a_document_is_needed(models: Path) -> None:
+    (models / "c.yml").write_text(f"{HEAD}---\n{HEAD}")
+    with pytest.raises(UsageError, match="every document but the last needs a 'name'"):
+        load_mergekit("c.yml")
+
+
+def test_modules_are_told_by_names(models: Path) -> None:
+    for name, x in (("a", 1.0), ("b", 3.0)):
+        tensors = {f"{t}.h.{i}.ln.w": torch.full((1,), x) for t in ("text", "vision") for i in range(2)}
+        save_file(tensors | {"projector.w": torch.full((1,), x)}, models / name / "model.safetensors")
+    listed = "models: [{model: a}, {model: b}]"
+    (models / "c.yml").write_text(
+        f"merge_method: slerp\nbase_model: a\nmodules:\n  text: {{{listed}, parameters: {{t: [0, 1]}}}}\n"
+        f"  vision: {{{listed}}}\nparameters: {{t: 0.5}}\n"
+    )
+    found = {name: tensor.item() for name, tensor in merged(load_mergekit("c.yml")).items()}
+    assert found == {
+        "projector.w": 2, "text.h.0.ln.w": 1, "text.h.1.ln.w": 3, "vision.h.0.ln.w": 2, "vision.h.1.ln.w": 2
+    }  # fmt: skip
+    (models / "c.yml").write_text((models / "c.yml").read_text().replace("vision:", "visoin:"))
+    with pytest.raises(CalmergeError, match="no tensor belongs to a module 'visoin'"):
+        load_mergekit("c.yml")
+
+
+def test_patterns_tell_every_group_apart() -> None:
+    names = [f"h.{i}.{part}.w" for i in range(12) for part in ("attn.q", "attn.k", "mlp.up")] + ["norm.w"]
+    groups: dict[int, list[str]] = {}
+    for i, name in enumerate(names):
+        groups.setdefault(hash((i * 7) % 5), []).append(name)
+    from fnmatch import fnmatchcase
+
+    ordered = cases(groups)
+    for key, own in groups.items():
+        for name in own:
+            first = next(k for k, patterns in ordered if not patterns or any(fnmatchcase(name, p) for p in patterns))
+            assert first == key
