@@ -155,17 +155,19 @@ class Adapted(Weights):
             rows: which rows; the result has the same bits whatever rows it is asked for with.
             start: these rows of the base, in float32.
         """
-        full, update = self._full.get(name), self._updates.get(name)
-        result = torch.zeros_like(start) if full is None else self.source.read(full, rows).float() - start
+        result: Tensor | None = None
+        if name in self._full:
+            result = self.source.read(self._full[name], rows).float() - start
         if name in self._shifts:
             vector, scale = self._shifts[name]
-            result = result + self.source.read(vector, rows).float() * scale
+            shift = self.source.read(vector, rows).float() * scale
+            result = shift if result is None else result + shift
+        update = self._updates.get(name)
         if update is None:
-            return result
+            return torch.zeros_like(start) if result is None else result
         left, right = self._factors(name)
         step = product(left, right, rows).mul_(update.scale).reshape(start.shape)
-        if full is not None:
-            step += result
+        step = step if result is None else step + result
         if update.magnitude is None:
             return step
         gain = self._gain(name)

@@ -21,7 +21,7 @@ from calmerge._run import Run
 from calmerge._save import check_apart, input_hashes, own_version, versions
 from calmerge._signature import Count, KeepFraction, check, raise_together
 from calmerge._task_vectors import TaskVectors, task_vectors
-from calmerge._weights import Weights, add
+from calmerge._weights import Weights, add, blocks
 from calmerge._writer import MANIFEST, write_json
 from calmerge.pieces.factorise import Product, factorise
 
@@ -224,7 +224,9 @@ class _Maker:
     def __call__(self, name: str) -> int:
         """Make what an adapter holds of one tensor; how many entries that was."""
         kind = self._kind(name)
-        tensor = self._delta.read(name)
+        one = self._delta.only_names([name])  # by rows where that can be, as T task vectors take T times the memory
+        parts = [one.read(name, rows) for _, rows in blocks(one)]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if kind in ("linear", "embedding"):
             self._factors(name, kind, tensor)
         elif tensor.any():

@@ -7,11 +7,15 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from calmerge._lora import product
 from calmerge._signature import Interval, check, raise_together
 from calmerge._task_vectors import Merge, TaskVectors
 from calmerge._weights import ALL, Memo, Spec, StateDict, Weights
 from calmerge.methods.tsv_m import tsv_m
 from calmerge.pieces.low_rank import balanced, left_basis
+
+_SMALL = 2**20
+"""Entries of a tensor that is read whole for every block of it, where it is no product of factors."""
 
 
 def core_space(
@@ -94,19 +98,21 @@ class _Cores(Weights):
 
 
 class _Outside(Weights):
-    """Merged cores brought back to the shape of their tensors."""
-
-    elementwise = False
+    """Merged cores brought back to the shape of their tensors: rows of U M times V^T."""
 
     def __init__(self, tvs: TaskVectors, cores: _Cores, merged: Mapping[str, Weights], scale: float) -> None:
         self._cores, self._merged, self._scale = cores, merged, scale
         self.inputs = tuple({id(w): w for w in merged.values()}.values())
         self.specs = {n: Spec(spec.shape, torch.float32) for n, spec in tvs.specs.items()}
+        self.elementwise = all(n in cores.low or spec.numel <= _SMALL for n, spec in tvs.specs.items())
+        self._product = lru_cache(maxsize=4)(self._find)
+
+    def _find(self, name: str) -> tuple[Tensor, Tensor]:
+        u, _, v = self._cores.found(name)
+        return (u @ self._merged[name].read(name).to(u)).float(), v.T.float().contiguous()
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
-        result = self._merged[name].read(name, ALL, memo)
-        if name in self._cores.low:
-            u, _, v = self._cores.found(name)
-            result = (u @ result.to(u) @ v.T).float().reshape(self.specs[name].shape)
-        result = result * self._scale
-        return result if rows == ALL else result[rows]
+        if name not in self._cores.low:
+            return self._merged[name].read(name, rows, memo) * self._scale
+        part = product(*self._product(name), rows) * self._scale
+        return part.reshape(-1, *self.specs[name].shape[1:])

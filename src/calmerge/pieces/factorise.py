@@ -1,6 +1,7 @@
 """A matrix as a product of two thin ones, of a rank, of a share of its energy, or exact."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def factorise(
     >>> cut.rank, round(cut.error, 6), round(cut.energy, 6)
     (1, 0.6, 0.64)
     """
-    norm = float(torch.linalg.vector_norm(matrix.double()))
+    norm = math.sqrt(sum(float(block.square().sum()) for _, block in _blocks(matrix)))
     if norm == 0:
         m, n = matrix.shape
         return Product(matrix.new_zeros(m, 0, dtype=dtype), matrix.new_zeros(0, n, dtype=dtype), 0.0, 0.0, 1.0)
@@ -76,10 +77,21 @@ def factorise(
     kept = min(kept, rank or kept)
     root = s[:kept].sqrt()
     left, right = (u[:, :kept] * root).to(dtype), (v[:, :kept] * root).T.contiguous().to(dtype)
-    missing = matrix.double() - left.double() @ right.double()
-    return Product(
-        left, right, norm, float(torch.linalg.vector_norm(missing)) / norm, min(1.0, float(shares[kept - 1]))
-    )
+    error = _distance(matrix, left.double(), right.double()) / norm
+    return Product(left, right, norm, error, min(1.0, float(shares[kept - 1])))
+
+
+def _blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a matrix in float64, some at a time."""
+    step = max(1, 2**20 // max(1, matrix.shape[1]))
+    for i in range(0, len(matrix), step):
+        yield slice(i, i + step), matrix[i : i + step].double()
+
+
+def _distance(matrix: Tensor, left: Tensor, right: Tensor) -> float:
+    """The norm of matrix - left @ right."""
+    squares = [float((block - left[rows] @ right).square().sum()) for rows, block in _blocks(matrix)]
+    return math.sqrt(sum(squares))
 
 
 def _inside(matrix: Tensor, factors: Sequence[Factors], norm: float) -> SVD | None:
@@ -88,9 +100,10 @@ def _inside(matrix: Tensor, factors: Sequence[Factors], norm: float) -> SVD | No
     if not ranks or ranks >= min(matrix.shape):
         return None
     u, v = left_basis([f.left for f in factors]), left_basis([f.right.T for f in factors])
-    wide = matrix.double()
-    core = u.T @ wide @ v
-    if float(torch.linalg.vector_norm(wide - u @ core @ v.T)) > _OUTSIDE * norm:
+    core = torch.zeros(u.shape[1], v.shape[1], dtype=torch.float64)
+    for rows, block in _blocks(matrix):
+        core += u[rows].T @ (block @ v)
+    if _distance(matrix, u @ core, v.T) > _OUTSIDE * norm:
         return None
     left, s, right = torch.linalg.svd(core)
     kept = int((s > torch.finfo(torch.float32).eps * s[0]).sum())
