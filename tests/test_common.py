@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calmerge import (
+    Adapter,
     CheckpointError,
     Merged,
     Run,
@@ -27,6 +28,7 @@ from calmerge import (
 )
 from calmerge._hints import alternatives, intervals
 from calmerge._pipe import takes_merged
+from calmerge._random import uniform
 from calmerge._signature import checked_call, options_of
 from calmerge._weights import ALL, blocks
 from calmerge.methods import METHODS
@@ -464,3 +466,39 @@ def test_the_card_is_complete(name: str) -> None:
     assert arguments, "no 'Args:'"
     described = re.findall(r"^    (\w+): ", arguments[1], re.MULTILINE)
     assert described == list(inspect.signature(fn).parameters)
+
+
+OUTSIDE_DELTA_SPACE = {"core_space", "knots", "peft"}  # made for factors: their adapters are not merged as full models
+
+
+def low_rank(toy: Any, gauge: Tensor) -> tuple[TaskVectors, TaskVectors]:
+    """Experts that differ from the toy's base by B A in two matrices, as adapters (B G, G^-1 A) and as full models."""
+    adapters, full = {}, {}
+    for task in toy.experts:
+        factors, tensors = {}, {}
+        for module in ("fc1", "fc2"):
+            m, n = toy.base[f"{module}.weight"].shape
+            a, b = ((8 * uniform(shape, task, module, shape) - 4).round() / 8 for shape in ((2, n), (m, 2)))
+            factors |= {f"{module}.lora_A.weight": gauge.inverse() @ a, f"{module}.lora_B.weight": b @ gauge}
+            tensors[f"{module}.weight"] = toy.base[f"{module}.weight"] + b @ a
+        adapters[task] = Adapter(factors, {"r": 2, "lora_alpha": 2})
+        full[task] = toy.base | tensors
+    others = [n for n in toy.base if n not in ("fc1.weight", "fc2.weight")]
+    return task_vectors(toy.base, adapters), task_vectors(toy.base, full, exclude=others)
+
+
+@methods
+def test_adapters_merge_as_the_full_models_they_make_however_they_are_stored(name: str, toy: Any) -> None:
+    """(B G)(G^-1 A) is the adapter (B, A): whatever merges updates cannot tell one from the other."""
+    if TABLE[name].learns:
+        return
+    stored = [low_rank(toy, torch.tensor(g)) for g in ([[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [0.0, 1.0]])]
+    one, two = (dict(result(name, adapters, toy, **TABLE[name].options)) for adapters, _ in stored)
+    full = dict(result(name, stored[0][1], toy, **TABLE[name].options))
+    for n in ("fc1.weight", "fc2.weight"):
+        if name == "peft":
+            assert one[n].shape == full[n].shape  # draws on factors, as PEFT does
+        elif name in OUTSIDE_DELTA_SPACE:
+            torch.testing.assert_close(one[n], two[n], rtol=0, atol=1e-4)
+        else:
+            assert bits(one[n]) == bits(two[n]) == bits(full[n])
