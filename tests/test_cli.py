@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from calmerge import add, emr, load_suite, materialise, open_suite
-from calmerge._explain import explanation, summaries
+from calmerge._explain import explanation
 from calmerge.cli import app
 from calmerge.methods import METHODS
 from calmerge.recipe import recipe_from_dict
@@ -283,8 +283,17 @@ def test_inspect_wrongly_used(words: list[str], says: str) -> None:
 def test_list_has_one_line_for_each_method() -> None:
     shown = call("list").stdout
     assert all(name in shown for name in METHODS)
-    assert [row["method"] for row in json.loads(call("list", "--json").stdout)] == list(METHODS)
-    assert {row["data"] for row in summaries()} == {"none", "unlabelled"}
+    rows = json.loads(call("list", "--json").stdout)
+    assert sorted(row["method"] for row in rows) == sorted(METHODS)
+    assert {row["data"] for row in rows} == {"none", "unlabelled"}
+
+
+def test_list_fits_into_100_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calmerge._show.WIDTH", 100)
+    assert max(map(len, call("list").stdout.splitlines())) <= 110
+    table = [line for line in call("list").stdout.splitlines() if line.startswith("ties ")]
+    assert table[0].split()[:6] == ["ties", "weights", "4", "C", "NeurIPS", "2023"]
+    assert len(table[0]) <= 100
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -298,7 +307,16 @@ def test_explain_every_method(method: str) -> None:
 
 def test_explain_shows_formula_options_source_and_recipe() -> None:
     shown = call("explain", "ties").stdout
-    for part in ["s = sign(sum_t tau_hat_t)", "(0, 1]", "0.2", "'mean' | 'sum' | 'max'", "NeurIPS 2023", "- ties:"]:
+    for part in [
+        "reads the inputs 4 times; memory class C",
+        ">>> ties(",
+        "s = sign(sum_t tau_hat_t)",
+        "(0, 1]",
+        "0.2",
+        "'mean' | 'sum' | 'max'",
+        "NeurIPS 2023",
+        "- ties:",
+    ]:
         assert part in shown
 
 
@@ -310,6 +328,20 @@ def test_the_recipes_of_explain_are_sound(method: str, monkeypatch, tmp_path, ti
     if "tasks" in data:
         data["tasks"] = {"suite": str(tiny_suite)}
     recipe_from_dict(data)
+
+
+def test_explain_a_recipe_shows_every_parameter_with_its_origin(recipe: Path) -> None:
+    pipe = "[{drop_and_rescale: {rate: 0.9}}, {dare: {inner: [{trim: {keep: 0.3}}, average]}}]\nseed: 4"
+    recipe.write_text(recipe.read_text().replace("average", pipe))
+    rows = json.loads(call("explain", "--recipe", recipe, "--json").stdout)
+    found = {(row["step"], row["option"]): (row["value"], row["origin"]) for row in rows}
+    assert found["1 drop_and_rescale", "rate"] == (0.9, "recipe")
+    assert found["1 drop_and_rescale", "seed"] == (4, "seed")
+    assert found["2 dare", "rate"] == (0.9, "default")
+    assert found["2 dare > inner 1 trim", "keep"] == (0.3, "recipe")
+    shown = call("explain", "--recipe", recipe).stdout
+    assert "2 dare > inner 1 trim" in shown
+    assert call("explain").exit_code == call("explain", "ties", "--recipe", recipe).exit_code == 2
 
 
 def test_explain_an_unknown_method() -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from calmerge._errors import UsageError, did_you_mean
-from calmerge._pipe import PROVIDED, Methods, gives_patches, gives_task_vectors, needs_tasks, takes_merged
+from calmerge._pipe import PROVIDED, Methods, gives_task_vectors, needs_tasks, takes_merged
 from calmerge._signature import Option, name_of, options_of
 from calmerge._yaml import dump
 
@@ -24,6 +24,8 @@ class Explanation:
         options: name, type, range, default and meaning of each.
         source: authors, title, venue, repository, and where calmerge differs.
         data: what the method needs besides weights.
+        cost: how often it reads the inputs, and its memory class; of one that learns, what it holds.
+        example: calls in Python, with what they give.
         recipe: a recipe that calls it.
     """
 
@@ -33,6 +35,8 @@ class Explanation:
     options: list[dict[str, str]]
     source: str
     data: str
+    cost: str
+    example: str
     recipe: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,7 +58,7 @@ def explanation(name: str, methods: Methods | None = None) -> Explanation:
     if name not in methods:
         raise UsageError(f"no method is called '{name}'. {did_you_mean(name, methods)}")
     fn = methods[name]
-    parts = _parts(fn)
+    parts = parts_of_docstring(fn)
     return Explanation(
         name=name,
         summary=parts["summary"],
@@ -62,26 +66,37 @@ def explanation(name: str, methods: Methods | None = None) -> Explanation:
         options=[_option(o, parts["args"]) for o in options_of(fn, PROVIDED).values()],
         source=parts["source"],
         data=_data(fn),
+        cost=_cost(fn),
+        example=_example(fn),
         recipe=_recipe(name, fn),
     )
 
 
-def summaries(methods: Methods | None = None) -> list[dict[str, str]]:
-    """One row per method: name, data needed, what comes out, and what it does."""
-    methods = methods if methods is not None else _methods()
-    return [
-        {
-            "method": name,
-            "data": _data(fn),
-            "gives": _gives(fn),
-            "summary": _parts(fn)["summary"],
-        }
-        for name, fn in methods.items()
+def _cost(fn: Callable[..., Any]) -> str:
+    from calmerge._catalogue import cost
+
+    passes, memory = cost(fn)
+    if passes is None:
+        return held_in_memory(fn)
+    times = "once" if passes == 1 else f"{passes} times"
+    return f"reads the inputs {times}; memory class {memory}, with the defaults"
+
+
+def _example(fn: Callable[..., Any]) -> str:
+    """The example of a docstring as it stands, without its imports."""
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(fn) or "")
+    lines = [
+        line
+        for e in examples
+        if not e.source.startswith("import ")
+        for line in [*_prompted(e.source), *e.want.splitlines()]
     ]
+    return "\n".join(lines)
 
 
-def _gives(fn: Callable[..., Any]) -> str:
-    return "task vectors" if gives_task_vectors(fn) else "a model per task" if gives_patches(fn) else "a model"
+def _prompted(source: str) -> list[str]:
+    first, *rest = source.splitlines()
+    return [f">>> {first}", *(f"... {line}" for line in rest)]
 
 
 def held_in_memory(fn: Callable[..., Any]) -> str:
@@ -113,7 +128,7 @@ def _option(option: Option, meanings: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _parts(fn: Callable[..., Any]) -> dict[str, Any]:
+def parts_of_docstring(fn: Callable[..., Any]) -> dict[str, Any]:
     """The sections of a docstring that follows the house's template."""
     text = inspect.getdoc(fn) or ""
     summary, _, rest = text.partition("\n")

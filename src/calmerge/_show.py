@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from calmerge._catalogue import Entry
     from calmerge._explain import Explanation
+    from calmerge._settings import Setting
     from calmerge.inspect import Inspection
     from calmerge.report.results import Report
 
@@ -178,9 +180,56 @@ def explained(found: "Explanation") -> None:
         text()
         keys = ["name", "type", "range", "default", "meaning"]
         table(["option", *keys[1:]], [[o[k] for k in keys] for o in found.options])
-    text(f"\ndata needed: {found.data}")
-    text(f"\n{found.source}" if found.source else "")
-    text("\nrecipe:\n\n" + "\n".join("  " + line for line in found.recipe.splitlines()))
+    text(f"\ndata needed: {found.data}" + (f"\ncost: {found.cost}" if found.cost else ""))
+    if found.source:
+        text(f"\n{found.source}")
+    for title, block in (("in a recipe", found.recipe), ("in Python", found.example)):
+        if block:
+            text(f"\n{title}:\n\n" + "\n".join("  " + line for line in block.splitlines()))
+
+
+def settings(rows: "Sequence[Setting]") -> None:
+    """Every parameter of a recipe; the tensors only where they are not all."""
+    some = any(s.tensors for s in rows)
+    lines, before = [], None
+    for s in rows:
+        place = (s.step, s.tensors)
+        held = ", ".join(s.tensors) + (f" ({len(s.names)} tensors)" if s.names else "")
+        told = [s.step, *([held] if some else [])] if place != before else ["", *([""] if some else [])]
+        value = "" if not s.option else "-" if s.value is None else str(s.value)
+        lines.append([*told, s.option, value, s.origin])
+        before = place
+    table(["step", *(["tensors"] if some else []), "option", "value", "from"], lines)
+
+
+def methods(entries: Sequence["Entry"]) -> None:
+    """The methods, one table for each group; the last column is cut where the terminal ends."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    wide = {name: max(len(str(getattr(e, name))) for e in entries) for name in ("method", "paper")}
+    for group in dict.fromkeys(e.group for e in entries):
+        grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), expand=True)
+        for head, width in (
+            (group, wide["method"]),
+            ("needs", 10),
+            ("passes", 6),
+            ("class", 5),
+            ("paper", wide["paper"]),
+        ):
+            grid.add_column(head, width=width, no_wrap=True, justify="right" if head == "passes" else "left")
+        grid.add_column("what comes out", no_wrap=True, overflow="ellipsis", ratio=1)
+        for e in (e for e in entries if e.group == group):
+            needs = "weights" if e.data == "none" else e.data
+            passes = "fit" if e.passes is None else str(e.passes)
+            grid.add_row(*map(Text, [e.method, needs, passes, e.memory, e.paper, e.summary]))
+        console.print(grid)
+        console.print()
+    text(
+        "passes: how often base and experts are read, with the defaults. class: what is held (A chunks, B whole\n"
+        "tensors, C numbers over the model first, E what is learned). 'calmerge explain NAME' says more."
+    )
 
 
 def _odd(found: "Inspection") -> list[str]:

@@ -214,34 +214,40 @@ def inspect(
     _show().emit(found.to_dict(), as_json, lambda: _show().inspection(found))
 
 
-@app.command("list", short_help="List the methods.")
+@app.command("list", short_help="List the methods: needs, passes, memory class, paper.")
 def list_methods(as_json: Json = False) -> None:
     """Example: calmerge list
 
-    One line for each method, with the data it needs.
+    One line for each method: the data it needs, how often it reads the inputs, what it holds in memory, its paper.
     """
-    from calmerge._explain import summaries
+    from calmerge._catalogue import catalogue
 
-    rows = summaries()
-    _show().emit(
-        rows,
-        as_json,
-        lambda: _show().table(["method", "data", "result", "what it does"], [list(r.values()) for r in rows]),
-    )
+    entries = catalogue()
+    _show().emit([e.to_dict() for e in entries], as_json, lambda: _show().methods(entries))
 
 
-@app.command(short_help="Explain a method: formula, options, source, recipe.")
+@app.command(short_help="Explain a method, or every parameter of a recipe.")
 def explain(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="A name from 'calmerge list'.")],
+    method: Annotated[str | None, typer.Argument(metavar="METHOD", help="A name from 'calmerge list'.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="A recipe, whose parameters are printed instead.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Example: calmerge explain ties
 
-    Prints what the method computes, its options with types, ranges and defaults, where it comes from, and a recipe.
+    Prints what the method computes, its options with types, ranges and defaults, its cost, where it comes from, and how
+    it is called. With --recipe r.yaml: every parameter of every step with its value, and for which tensors it holds.
     """
+    if (method is None) == (recipe is None):
+        raise UsageError("name a method, as in 'calmerge explain ties', or a recipe, as in '--recipe recipe.yaml'.")
+    if recipe is not None:
+        rows = _settings(recipe)
+        _show().emit([s.to_dict() for s in rows], as_json, lambda: _show().settings(rows))
+        return
     from calmerge._explain import explanation
 
-    found = explanation(method)
+    found = explanation(str(method))
     _show().emit(found.to_dict(), as_json, lambda: _show().explained(found))
 
 
@@ -391,6 +397,20 @@ def _run(quiet: bool) -> "Run":
 
     show_notes(quiet=quiet)
     return Run(progress=console_progress(quiet=quiet))
+
+
+def _settings(file: Path) -> Any:
+    """The settings of a recipe; the tensors they hold for, where its checkpoints can be opened."""
+    from calmerge._recipe_run import open_inputs
+    from calmerge._settings import settings
+    from calmerge.recipe import load_recipe
+
+    recipe = load_recipe(file)
+    try:
+        names = list(open_inputs(recipe))
+    except CalmergeError:  # 'validate' tells what is wrong with them
+        names = []
+    return settings(recipe, names)
 
 
 def _show() -> Any:
