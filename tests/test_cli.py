@@ -162,7 +162,7 @@ def test_wrong_usage_is_exit_code_2_with_every_mistake_once(recipe: Path) -> Non
     assert done.stderr.splitlines() == [
         "error: 2 mistakes:",
         "  recipe.yaml:4: recipe has no key 'ot'. Did you mean 'out'?",
-        "  recipe.yaml:3: no method is called 'tise'. Did you mean 'ties'?",
+        "  recipe.yaml:3: no method is called 'tise'. Did you mean 'ties' or 'fisher'?",
     ]
 
 

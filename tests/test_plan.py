@@ -113,7 +113,7 @@ def test_a_limit_on_whole_tensors_is_kept_by_fewer_threads() -> None:
     tvs = cm.task_vectors(base, {str(t): base for t in range(4)})
     weights = to_write(tvs, cm.tsv_m(tvs))
     free = plan(*weights, threads=4)
-    less = plan(*weights, threads=4, max_memory=(private_memory() or 0) + free.memory // 2)
+    less = plan(*weights, threads=4, max_memory=(private_memory() or 0) + free.memory * 5 // 8)
     assert (less.threads, less.chunk) == (2, free.chunk)
 
 
