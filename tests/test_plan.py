@@ -23,7 +23,7 @@ TASKS = 3
 
 @pytest.fixture
 def small() -> TaskVectors:
-    base = {"a": torch.zeros(30), "b": torch.zeros(10), "n": torch.tensor(1)}  # 168 bytes, 160 of them merged
+    base = {"a": torch.zeros(6, 5), "b": torch.zeros(10), "n": torch.tensor(1)}  # 168 bytes, 160 of them merged
     return cm.task_vectors(base, {str(t): base for t in range(TASKS)})
 
 

@@ -5,6 +5,7 @@ measures, each of which is a sum of partial results over blocks. Then the files:
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -137,7 +138,7 @@ def _why(parts: Sequence[Sequence[Weights]]) -> str:
     if whole is None:
         return "numbers over the model are found in blocks of one size, so that they never depend on the limit"
     held = _Held([whole])
-    name = max(whole.specs, key=lambda name: held.bytes(name, whole.specs[name].numel))
+    name = max(filter(whole.whole, whole.specs), key=lambda name: held.bytes(name, whole.specs[name].numel))
     n = whole.specs[name].numel
     return (
         f"it works on whole tensors, and holds {held.bytes(name, n) / (n * _FLOAT):.0f} float32 copies of the largest, "
@@ -148,11 +149,10 @@ def _why(parts: Sequence[Sequence[Weights]]) -> str:
 def _block_sizes(nodes: Iterable[Node], grid: Weights, chunk: int) -> list[int]:
     """Bytes held for each of the blocks that take the most, in falling order: as many as there may be threads."""
     held = _Held(nodes)
-    found = [
-        held.bytes(name, n) for name, n in {(name, entries(grid, name, rows)) for name, rows in blocks(grid, chunk)}
-    ]
+    counts = Counter((name, entries(grid, name, rows)) for name, rows in blocks(grid, chunk))
     if grid.elementwise:
-        return [max(found, default=0)] * _MOST_THREADS
+        return [max((held.bytes(*block) for block in counts), default=0)] * _MOST_THREADS
+    found = [size for block, n in counts.items() for size in [held.bytes(*block)] * min(n, _MOST_THREADS)]
     return sorted(found, reverse=True)[:_MOST_THREADS]
 
 
@@ -221,12 +221,13 @@ def _over(group: Iterable[Measure]) -> tuple[list[Node], Weights]:
 def _bytes_read(nodes: Iterable[Node], names: Iterable[str]) -> int:
     """Stored bytes of the inputs that computing these names reads, each once."""
     found: dict[tuple[int, str], int] = {}
-    seen: set[int] = set()
+    seen: set[tuple[int, str]] = set()
 
     def visit(node: Node, names: list[str]) -> None:
-        if not isinstance(node, Weights) or id(node) in seen:
+        names = [name for name in names if (id(node), name) not in seen]
+        if not isinstance(node, Weights) or not names:
             return
-        seen.add(id(node))
+        seen.update((id(node), name) for name in names)
         own: Mapping[str, str] = getattr(node, "names", {})  # of a source under other names
         if isinstance(node, Gathered):
             for source in node.inputs:

@@ -18,7 +18,7 @@ from calmerge._errors import CheckpointError, UsageError, did_you_mean
 from calmerge._lora import Adapted, Adapter, Factors, adapted
 from calmerge._signature import raise_together
 from calmerge._tied import tied_names, without_doubles
-from calmerge._weights import ALL, Computed, Memo, Node, Spec, StateDict, Weights, digest, row_size
+from calmerge._weights import ALL, Computed, Gathered, Memo, Node, Spec, StateDict, Weights, digest, row_size
 
 _TASK = re.compile(r"\w[\w.-]*")
 Merge = Callable[["TaskVectors"], Weights]
@@ -56,6 +56,10 @@ class TaskVectors(Weights):
         self.heads = dict(heads or {})
         self.skipped = dict(skipped or {})
 
+    def whole(self, name: str) -> bool:
+        """Whether the task vectors of this tensor must be computed for all rows at once."""
+        return self._source.whole(name)
+
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The task vectors of one tensor, or of some of its rows: [T, rows, ...], float32."""
         return self._source.read(name, rows, memo)
@@ -81,6 +85,16 @@ class TaskVectors(Weights):
         tensor([2., 2.])
         """
         return Computed(fn, (self, *others), _float32(self.specs), elementwise=elementwise, copies=copies)
+
+    def replaced(self, some: "TaskVectors") -> "TaskVectors":
+        """The same task vectors but for the tensors of `some`, which are taken from there.
+
+        >>> base, ones = {"w": torch.zeros(1), "b": torch.zeros(1)}, {"w": torch.ones(1), "b": torch.ones(1)}
+        >>> tvs = task_vectors(base, {"a": ones})
+        >>> dict(tvs.replaced(tvs.only_names(["b"]).transform(lambda tau, site: 3 * tau)))
+        {'w': tensor([[1.]]), 'b': tensor([[3.]])}
+        """
+        return self._with(Gathered({n: (some if n in some.specs else self, n) for n in self.specs}))
 
     def only(self, tasks: Iterable[str]) -> "TaskVectors":
         """The task vectors of some tasks, in the order given; the other experts are not read where that is possible.
@@ -445,6 +459,9 @@ class _Renamed(Weights):
     @property
     def fingerprint(self) -> str:
         return self.source.fingerprint
+
+    def whole(self, name: str) -> bool:
+        return self.source.whole(self.names[name])
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         return self.source.read(self.names[name], rows, memo)

@@ -84,6 +84,14 @@ class Weights(Node, Mapping[str, Tensor]):
         """
         raise NotImplementedError
 
+    def whole(self, name: str) -> bool:
+        """Whether rows of this tensor cannot be had without reading all of it.
+
+        >>> StateDict({"w": torch.zeros(2)}).whole("w")
+        False
+        """
+        return not self.elementwise
+
     def map(
         self, fn: Callable[..., Tensor], *others: Node, elementwise: bool = True, copies: int | None = None
     ) -> "Weights":
@@ -189,7 +197,13 @@ class Computed(Weights):
     ) -> None:
         self._fn, self.inputs, self._own, self.copies = fn, inputs, elementwise, copies
         self.specs = specs
-        self.elementwise = elementwise and all(w.elementwise for w in inputs if isinstance(w, Weights))
+        mixed = [w for w in inputs if isinstance(w, Weights) and not w.elementwise]
+        self._whole = frozenset(n for w in mixed for n in specs if n in w.specs and w.whole(n))
+        self.elementwise = elementwise and not mixed
+
+    def whole(self, name: str) -> bool:
+        """Whether `fn`, or an input, needs this tensor whole."""
+        return not self._own or name in self._whole
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The computed tensor; an earlier result for the same block in `memo` is used again."""
@@ -227,6 +241,11 @@ class Gathered(Weights):
         """Changes when a source does, or when a tensor comes from elsewhere."""
         prints = {id(source): source.fingerprint for source, _ in self.parts.values()}
         return digest([(own, prints[id(source)], theirs) for own, (source, theirs) in self.parts.items()])
+
+    def whole(self, name: str) -> bool:
+        """Whether the tensor must be read whole where it comes from."""
+        source, theirs = self.parts[name]
+        return source.whole(theirs)
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The tensor where it comes from."""
@@ -277,7 +296,7 @@ def blocks(weights: Weights, size: int = BLOCK) -> Iterator[tuple[str, slice]]:
     """
     for name, spec in weights.specs.items():
         step = max(1, size // max(1, row_size(spec)))
-        if not spec.shape or not weights.elementwise or step >= spec.shape[0]:
+        if not spec.shape or weights.whole(name) or step >= spec.shape[0]:
             yield name, ALL
         else:
             for start in range(0, spec.shape[0], step):
@@ -308,6 +327,9 @@ class _Sum(Weights):
         self._base, self._delta, self.specs = base, delta, specs
         self.inputs = (base, delta)
         self.elementwise = base.elementwise and delta.elementwise
+
+    def whole(self, name: str) -> bool:
+        return self._base.whole(name) or (name in self._delta.specs and self._delta.whole(name))
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         base = self._base.read(name, rows, memo)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from calmerge import TaskVectors, UsageError, task_vectors
+from calmerge import TaskVectors, UsageError, add, task_vectors, tsv_m
+from calmerge._plan import plan
 from calmerge._random import uniform
+from calmerge._weights import ALL, blocks
 from calmerge.pieces.matrices import is_matrix, reduce_matrices, transform_matrices
 from calmerge.pieces.spectral import svd, truncated
 
@@ -99,3 +101,19 @@ def test_other_weights_are_cut_as_the_task_vectors_are() -> None:
 
     found = reduce_matrices(tvs, gap, tvs, mean, split=["fc.weight"])["fc.weight"]
     near(found, tvs["fc.weight"][0] + tvs["fc.weight"][1] - tvs["fc.weight"].mean(0))
+
+
+def test_only_matrices_are_read_whole() -> None:
+    """A table of a vocabulary is averaged row by row, and neither it nor its size counts in the plan as a matrix."""
+    shapes = {"fc.weight": (40, 30), "embed_tokens.weight": (5000, 30), "bias": (3000,)}
+    base = {n: torch.zeros(s) for n, s in shapes.items()}
+    tvs = task_vectors(base, {t: {n: noise(*s, key=(t, n)) for n, s in shapes.items()} for t in "ab"})
+    merged = add(tvs.base, tsv_m(tvs))
+    cut = [name for name, rows in blocks(merged, 1000) if rows != ALL]
+    assert set(cut) == {"embed_tokens.weight", "bias"}
+    assert not merged.elementwise
+    assert merged.whole("fc.weight")
+    near(torch.cat([merged.read("bias", r) for n, r in blocks(merged, 1000) if n == "bias"]), tvs["bias"].mean(0))
+    found = plan(merged, chunk=1000, threads=1)
+    assert (found.kind, found.passes, found.reads) == ("B", 1, 3 * merged.nbytes)
+    assert found.memory < 40 * 40 * 30 * 4 * 2

@@ -56,4 +56,4 @@ def cart(
             return mean
         return mean + scale * summed(torch.stack([truncated(t - mean, rank) for t in tau]))
 
-    return reduce_matrices(tvs, centred, skip=skip, split=split)
+    return reduce_matrices(tvs, centred, skip=skip, split=split, copies=len(tvs.tasks) + 20)

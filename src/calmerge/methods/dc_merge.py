@@ -80,7 +80,9 @@ def dc_merge(
         task = torch.cat([torch.full((len(p.s),), t) for t, p in enumerate(parts)]).to(tau.device)
         return u @ merged.where(task[:, None] == task, 0.0) @ v.T
 
-    return reduce_matrices(tvs, joined, skip=skip, split=split).map(lambda tau, site: tau * scale)
+    return reduce_matrices(tvs, joined, skip=skip, split=split, copies=6 * len(tvs.tasks) + 24).map(
+        lambda tau, site: tau * scale
+    )
 
 
 def _largest(core: Tensor, kept: int) -> Tensor:

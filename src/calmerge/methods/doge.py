@@ -121,7 +121,7 @@ def doge_vectors(
     def shifted(tau: Tensor, site: Site) -> Tensor:
         return tau + shift(tau, eta=eta, subspace=subspace, lr=lr, steps=steps)
 
-    moved = transform_matrices(tvs, shifted, skip=skip, split=split)
+    moved = transform_matrices(tvs, shifted, skip=skip, split=split, copies=len(tvs.tasks) + 20)
     chosen = tvs.only_names(n for n, spec in tvs.specs.items() if is_matrix(n, len(spec.shape), skip))
     rank = chosen.numel - int(chosen.numel * keep)
     if rank <= 0:

@@ -52,4 +52,4 @@ def iso_c(
         total = summed(tau)
         return (svd(total) if rank == "numerical" else full_svd(total)).isotropic()
 
-    return reduce_matrices(tvs, flat, skip=skip, split=split).map(lambda tau, site: tau * scale)
+    return reduce_matrices(tvs, flat, skip=skip, split=split, copies=20).map(lambda tau, site: tau * scale)

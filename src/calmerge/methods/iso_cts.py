@@ -60,7 +60,7 @@ def iso_cts(
         u, s, v = (torch.cat(part, -1) for part in zip(*own, shared, strict=True))
         return SVD(polar(u, of=site.name), s, polar(v, of=site.name)).isotropic()
 
-    return reduce_matrices(tvs, flat, skip=skip, split=split).map(lambda tau, site: tau * scale)
+    return reduce_matrices(tvs, flat, skip=skip, split=split, copies=28).map(lambda tau, site: tau * scale)
 
 
 def dimensions(r: int, common: float, tasks: int) -> tuple[int, int]:

@@ -71,7 +71,7 @@ def knots(
     def outside(merged: Tensor, u: Tensor, site: Site) -> Tensor:
         return u @ merged if site.name in rows else merged
 
-    bases = tvs.reduce(basis, elementwise=False)
+    bases = tvs.reduce(basis, elementwise=False, copies=8 * len(tvs.tasks) + 8)
     cores = {n: Spec((rows[n], s.shape[1]) if n in rows else s.shape, torch.float32) for n, s in tvs.specs.items()}
     aligned = TaskVectors(
         Stacked(inside, (tvs, bases), cores, elementwise=False), tvs.tasks, StateDict({}),

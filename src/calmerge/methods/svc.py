@@ -55,4 +55,6 @@ def svc(
             counted += share.clamp(min=alpha)
         return SVD(u, s * len(tau) / counted, v).product()
 
-    return reduce_matrices(tvs, calibrated, merged, skip=skip, split=split, rest=lambda tau, delta, site: delta)
+    return reduce_matrices(
+        tvs, calibrated, merged, skip=skip, split=split, rest=lambda tau, delta, site: delta, copies=20
+    )

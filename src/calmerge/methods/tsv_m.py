@@ -60,4 +60,4 @@ def tsv_m(
             u, v = polar(u, of=site.name), polar(v, of=site.name)
         return u * s @ v.T
 
-    return reduce_matrices(tvs, joined, skip=skip, split=split).map(lambda tau, site: tau * scale)
+    return reduce_matrices(tvs, joined, skip=skip, split=split, copies=24).map(lambda tau, site: tau * scale)

@@ -12,7 +12,7 @@ from calmerge._weights import Site, Weights
 from calmerge.pieces.blend import summed
 from calmerge.pieces.descend import adam
 from calmerge.pieces.least_squares import gram_closed_form
-from calmerge.pieces.matrices import REST, TABLES, reduce_matrices
+from calmerge.pieces.matrices import REST, TABLES, is_matrix, reduce_matrices
 
 
 def wudi(
@@ -84,5 +84,9 @@ def wudi(
         step = 1e-2 * float(tau.square().mean().sqrt()) if lr == "relative" else lr
         return adam(summed(tau), lambda m: 2 * (m @ inputs - seen), lr=step, steps=steps)
 
-    merged = reduce_matrices(tvs, least, skip=skip, split=split, rest=REST[rest])
+    wide = max(
+        [s.shape[1] / s.shape[0] for n, s in tvs.specs.items() if is_matrix(n, len(s.shape), skip) and s.numel] or [1]
+    )
+    copies = int(12 + (3 if solver == "adam" else 9) * wide)  # Gram matrices are n x n, in float64 for the closed form
+    merged = reduce_matrices(tvs, least, skip=skip, split=split, rest=REST[rest], copies=copies)
     return merged.map(lambda tau, site: tau * scale)

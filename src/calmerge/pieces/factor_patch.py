@@ -75,7 +75,7 @@ def _patch(vector: Weights, ranks: dict[str, int]) -> FactorPatch:
             return pad((v if i else u) * s.sqrt(), (0, ranks[site.name] - len(s))).float()
 
         specs = {n: Spec((vector.specs[n].shape[i], k), torch.float32) for n, k in ranks.items()}
-        return Computed(factor, (vector,), specs, elementwise=False)
+        return Computed(factor, (vector,), specs, elementwise=False, copies=20)
 
     parts: dict[str, tuple[Weights, str]] = {_WHOLE + n: (vector, n) for n in vector if n not in ranks}
     for prefix, factors in ((_LEFT, side(0)), (_RIGHT, side(1))):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from calmerge._errors import UsageError, did_you_mean
 from calmerge._task_vectors import TaskVectors
-from calmerge._weights import Node, Weights
+from calmerge._weights import Gathered, Node, Weights
 from calmerge.pieces.blend import averaged
 
 TABLES = (
@@ -38,10 +38,11 @@ def reduce_matrices(
     skip: Sequence[str] = TABLES,
     split: Sequence[str] = (),
     rest: Fn = REST["mean"],
+    copies: int | None = None,
 ) -> Weights:
     """One delta, `fn(tau, *others, site)` of every matrix and the mean over tasks of all other tensors.
 
-    Tensors are read whole: T of one tensor in float32 are held, and what `fn` makes of them.
+    Matrices are read whole: T of one in float32 are held, and what `fn` makes of them. All else is read by rows.
 
     Args:
         tvs: task vectors of T experts.
@@ -50,7 +51,8 @@ def reduce_matrices(
         skip: shell patterns of matrices that are not treated as such.
         split: shell patterns of matrices that are three of equal height in one (fused query, key, value); `fn` gets
             each alone.
-        rest: what is made of all other tensors, called as `fn` is.
+        rest: what is made of all other tensors, called as `fn` is, on some of their rows at a time.
+        copies: how many float32 copies of a matrix `fn` holds at most, for the plan.
 
     Raises:
         UsageError: a pattern fits no tensor, or a tensor to split has not three times the rows of anything.
@@ -61,7 +63,10 @@ def reduce_matrices(
     {'w': tensor([[3., 0.], [0., 3.]]), 'b': tensor([2., 2.])}
     """
     check_patterns(tvs, skip, split)
-    return tvs.reduce(_either(fn, rest, skip, split), *others, elementwise=False)
+    ours = _matrices(tvs, skip)
+    done = tvs.only_names(ours).reduce(_parted(fn, split), *others, elementwise=False, copies=copies)
+    left = tvs.only_names(n for n in tvs if n not in done.specs).reduce(rest, *others)
+    return Gathered({n: (done if n in done.specs else left, n) for n in tvs})
 
 
 def transform_matrices(
@@ -70,7 +75,7 @@ def transform_matrices(
     *others: Node,
     skip: Sequence[str] = TABLES,
     split: Sequence[str] = (),
-    rest: Fn = lambda tau, *_: tau,
+    copies: int | None = None,
 ) -> TaskVectors:
     """Task vectors with `fn(tau, *others, site)` of every matrix, [T, m, n] to [T, m, n], all other tensors unchanged.
 
@@ -82,14 +87,20 @@ def transform_matrices(
     {'w': tensor([[[3., 3.]]]), 'b': tensor([[1.]])}
     """
     check_patterns(tvs, skip, split)
-    return tvs.transform(_either(fn, rest, skip, split), *others, elementwise=False)
+    ours = _matrices(tvs, skip)
+    done = tvs.only_names(ours).transform(_parted(fn, split), *others, elementwise=False, copies=copies)
+    return tvs.replaced(done)
 
 
-def _either(fn: Fn, rest: Fn, skip: Sequence[str], split: Sequence[str]) -> Fn:
+def _matrices(tvs: TaskVectors, skip: Sequence[str]) -> list[str]:
+    return [n for n, spec in tvs.specs.items() if is_matrix(n, len(spec.shape), skip) and spec.numel]
+
+
+def _parted(fn: Fn, split: Sequence[str]) -> Fn:
+    """`fn` on whole matrices, or on the three parts of those that are to be split."""
+
     def applied(tau: Tensor, *given: Tensor) -> Tensor:
         *others, site = given
-        if not is_matrix(site.name, tau.dim() - 1, skip) or not tau.numel():  # type: ignore[attr-defined]
-            return rest(tau, *given)
         if not _fits(site.name, split):  # type: ignore[attr-defined]
             return fn(tau, *given).float()
         parts = zip(*(stack.chunk(3, -2) for stack in (tau, *others)), strict=True)

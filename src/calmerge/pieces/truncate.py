@@ -41,4 +41,4 @@ def truncate(
         rank = max(1, int(keep * min(tau.shape[1:])))
         return torch.stack([truncated(t, rank) for t in tau])
 
-    return transform_matrices(tvs, cut, skip=skip, split=split)
+    return transform_matrices(tvs, cut, skip=skip, split=split, copies=len(tvs.tasks) + 20)
