@@ -346,6 +346,9 @@ def test_a_dry_run_counts_the_adapters_bytes_not_those_of_full_models(tmp_path: 
     expected = sum(sum(tvs.ranks(n)) * sum(tvs.specs[n].shape) * 4 for n in tvs)
     assert found["writes"] == expected
     assert found["inputs"] == tvs.base.nbytes + sum(w.source.nbytes for w in tvs.experts.values())
+    full = write_recipe(tmp_path, "  path: out\n")
+    found = json.loads(CliRunner().invoke(app, ["merge", str(full), "--dry-run", "--json"]).output)
+    assert (found["passes"], found["reads"]) == (1, found["inputs"])
 
 
 @pytest.mark.parametrize(

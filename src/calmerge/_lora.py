@@ -3,7 +3,7 @@
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -109,12 +109,12 @@ class Adapted(Weights):
         base: what the adapter was put on.
         adapter: what was put on it.
         source: the adapter's tensors.
-        names: by name in the base, what the adapter calls the tensors that it changes.
+        targets: by name in the base, what the adapter calls the tensors that it changes.
         changed: names of the base's tensors that the adapter changes.
     """
 
     def __init__(self, base: Weights, adapter: Adapter, names: Mapping[str, str], dtype: torch.dtype | None) -> None:
-        self.base, self.adapter, self.source, self.names = base, adapter, adapter.source, dict(names)
+        self.base, self.adapter, self.source, self.targets = base, adapter, adapter.source, dict(names)
         self.inputs = (base, adapter.source)
         self.elementwise = base.elementwise and adapter.elementwise
         self._updates = {n: _turned(u, n, base, adapter) for n, u in _under(adapter.updates, names).items()}
@@ -197,6 +197,15 @@ class Adapted(Weights):
             rows, columns = shape[0], torch.Size(shape[1:]).numel()
             return Factors(torch.zeros(rows, 0), torch.zeros(0, columns), 1.0)
         return Factors(*self._factors(name), self._updates[name].scale)
+
+    def stored(self, names: Iterable[str]) -> list[str]:
+        """What is read of the adapter's own tensors for these of the base."""
+        parts: list[str | None] = []
+        for name in names:
+            update = self._updates.get(name)
+            parts += [self._full.get(name), self._shifts.get(name, (None, 0))[0]]
+            parts += [update.down, update.up, update.magnitude] if update else []
+        return [part for part in parts if part is not None]
 
     def update(self, name: str) -> Update | None:
         """How the adapter changes a tensor, if by factors."""

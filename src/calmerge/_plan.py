@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from calmerge._errors import UsageError
+from calmerge._lora import Adapted
 from calmerge._measure import Measure, stages
 from calmerge._memory import private_memory
 from calmerge._size import bytes_of, shown
@@ -232,6 +233,9 @@ def _bytes_read(nodes: Iterable[Node], names: Iterable[str]) -> int:
         if isinstance(node, Gathered):
             for source in node.inputs:
                 visit(source, [node.parts[n][1] for n in names if n in node.parts and node.parts[n][0] is source])
+        elif isinstance(node, Adapted):
+            visit(node.base, names)
+            visit(node.source, node.stored(names))
         elif node.inputs:
             wanted = [own.get(name, name) for name in names if name in node.specs]
             for one in node.inputs:

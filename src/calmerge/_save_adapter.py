@@ -364,7 +364,7 @@ class _Maker:
     def _module(self, name: str) -> str:
         """The path of a tensor's module as the adapters' model has it, which may have one leading part more or less."""
         for one in self._adapters:
-            for new, own in one.names.items():
+            for new, own in one.targets.items():
                 if new != own:
                     name = (
                         own.removesuffix(new) + name if own.endswith(new) else name.removeprefix(new.removesuffix(own))
