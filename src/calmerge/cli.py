@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from calmerge._errors import CalmergeError, UsageError
 
@@ -41,6 +41,17 @@ class _Group(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)
+
+
+class _Merge(TyperCommand):
+    """Understands the options of mergekit's command line too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if any(a.startswith("-") for a in args):
+            from calmerge.mergekit.flags import translated
+
+            args = translated(args)
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
@@ -95,7 +106,7 @@ def demo(
     _show().report(run_demo(out=out, run=_run(quiet)), out, as_json=as_json)
 
 
-@app.command(short_help="Merge as a recipe says.")
+@app.command(cls=_Merge, short_help="Merge as a recipe, or mergekit's YAML, says.")
 def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (docs/recipes.md), or mergekit's YAML.")],
     place: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="The same as --out.")] = None,
@@ -110,6 +121,9 @@ def merge(
     max_memory: Annotated[
         str | None, typer.Option("--max-memory", help="Private memory that the process may take, as in 2GB.")
     ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Of methods that draw; the recipe's if not given.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from what a stopped run of the same merge had finished.")
     ] = False,
@@ -123,12 +137,12 @@ def merge(
     --resume to go on from there, or without to begin anew.
     """
     from calmerge._recipe_run import open_inputs, preview, run_recipe
-    from calmerge.recipe import load_recipe, with_out
+    from calmerge.recipe import load_recipe, with_out, with_seed
 
     if place is not None and out is not None:
         raise UsageError(f"the folder of the result is given twice: '{place}' and --out '{out}'.")
     out = out or place
-    checked = with_out(load_recipe(recipe), dtype=dtype, shard=shard, max_memory=max_memory)
+    checked = with_out(with_seed(load_recipe(recipe), seed), dtype=dtype, shard=shard, max_memory=max_memory)
     if dry_run:
         found = preview(checked, open_inputs(checked)).to_dict() | ({"out": str(out)} if out else {})
         _show().emit(found, as_json, lambda: _show().preview(found))

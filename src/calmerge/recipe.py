@@ -136,7 +136,7 @@ def load_recipe(path: str | Path, *, methods: Methods | None = None) -> Recipe:
     path = Path(path).expanduser()
     documents = load_documents(path)
     if any(document.get(key) is not None for document in documents for key in _MERGEKIT):
-        from calmerge.mergekit import load_mergekit
+        from calmerge.mergekit.convert import load_mergekit
 
         return load_mergekit(path)
     return _read(only_document(documents, path.name), path.name, path.resolve().parent, _table(methods))
@@ -193,6 +193,11 @@ def with_out(recipe: Recipe, **options: Any) -> Recipe:
     written = recipe.data.get("out")
     before = written if isinstance(written, dict) else {"path": written} if written else {}
     return replace(recipe, out=replace(recipe.out, **given), data={**recipe.data, "out": {**before, **given}})
+
+
+def with_seed(recipe: Recipe, seed: int | None) -> Recipe:
+    """The recipe with another seed; the same if it is None."""
+    return recipe if seed is None else replace(recipe, seed=seed, data={**recipe.data, "seed": seed})
 
 
 # Reading -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,14 @@ Written from descriptions of the format and of its rules, and from observing wha
 is accepted.
 """
 
-from calmerge.mergekit.convert import convert, convert_file, load_mergekit
+from typing import Any
 
-__all__ = ["convert", "convert_file", "load_mergekit"]
+__all__ = ["convert_file", "load_mergekit"]
+
+
+def __getattr__(name: str) -> Any:  # the command line reads its flags without loading torch
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from calmerge.mergekit import convert
+
+    return getattr(convert, name)

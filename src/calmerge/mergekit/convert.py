@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from calmerge._errors import UsageError, did_you_mean
+from calmerge._errors import CheckpointError, UsageError, did_you_mean
 from calmerge._inputs import Input, Piece
 from calmerge._layers import layers
 from calmerge._open import open_models
-from calmerge._signature import name_of
+from calmerge._signature import name_of, raise_together
 from calmerge._stack import Part, depth, some_layers
 from calmerge._weights import Weights
 from calmerge._yaml import Data, Node, dump, load_documents
@@ -43,15 +43,17 @@ def load_mergekit(path: str | Path, *, folder: str | Path = ".") -> Recipe:
         UsageError: mistakes in the file, all of a document together, each with its line.
         CheckpointError: a model cannot be opened, where its tensors are needed to resolve a parameter.
     """
-    return recipe_from_dict(convert(path, folder=folder), folder=folder, file=Path(path).name)
+    return recipe_from_dict(convert(path, folder=folder, there=True), folder=folder, file=Path(path).name)
 
 
-def convert(path: str | Path, *, folder: str | Path = ".") -> dict[str, Data]:
-    """A file of mergekit's as the data of a recipe; see `load_mergekit`."""
+def convert(path: str | Path, *, folder: str | Path = ".", there: bool = False) -> dict[str, Data]:
+    """A file of mergekit's as the data of a recipe; see `load_mergekit`. `there` says that all models have to be."""
     nodes = load_documents(path)
     made: dict[str, dict[str, Data]] = {}
     for position, node in enumerate(nodes):
         document = read_document(node, list(made))
+        if there:
+            _check_places(document, list(made), Path(folder).resolve())
         found = _Conversion(document, made, Path(folder).resolve()).recipe()
         if position == len(nodes) - 1:
             return found
@@ -76,6 +78,17 @@ def convert_file(path: str | Path, *, out: str | Path | None = None) -> str:
     if out is not None:
         found = _relocated(found, Path(), Path(out).resolve().parent)
     return f"# {Path(path).name}, as calmerge convert reads it.\n{dump(found, compact=True)}"
+
+
+def _check_places(document: Document, names: Sequence[str], folder: Path) -> None:
+    """Every local model of a document is there."""
+    problems: list[str] = []
+    for model in document.models():
+        for text in (model.model, model.adapter):
+            place = located(text, folder) if text is not None and text not in names else None
+            if isinstance(place, Path) and not place.exists():
+                problems.append(f"{model.where}: no model is at '{text}'; relative paths start at {folder}.")
+    raise_together(list(dict.fromkeys(problems)), CheckpointError)
 
 
 @dataclass(frozen=True)

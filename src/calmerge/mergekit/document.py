@@ -92,6 +92,14 @@ class Document:
     name: str | None
     where: str = field(compare=False)
 
+    def models(self) -> Iterator[Reference]:
+        """All models that are named, some more than once."""
+        for module in self.modules:
+            for slice in module.slices:
+                yield from (source.model for source in slice.sources)
+                yield from [slice.base] if slice.base is not None else []
+        yield from [self.base] if self.base is not None else []
+
     def settings(self) -> Iterator[Parameters]:
         """All parameters at all levels."""
         yield self.parameters

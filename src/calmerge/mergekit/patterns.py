@@ -33,32 +33,39 @@ def cases(groups: Mapping[K, Sequence[str]], hints: Sequence[str] = ()) -> list[
 
 
 def _cover(own: set[str], others: set[str], hints: Sequence[str]) -> list[str]:
-    """Patterns that together fit all of `own` and none of `others`; the widest first."""
-    fits: dict[str, set[str]] = {}
-    for pattern in dict.fromkeys(p for name in sorted(own) for p in _candidates(name, hints)):
-        if not any(fnmatchcase(name, pattern) for name in others):
-            fits[pattern] = {name for name in own if fnmatchcase(name, pattern)}
-    chosen, missing = [], set(own)
-    while missing:
-        best = max(fits, key=lambda p: (len(fits[p] & missing), -len(p)))
-        chosen.append(best)
-        missing -= fits[best]
-    return chosen
+    """Patterns that together fit all of `own` and none of `others`; wide ones first, names where none is."""
+    chosen: list[str] = []
+    missing = set(own)
+    for tier in (_by_layer_or_hint, _by_part):
+        fits: dict[str, set[str]] = {}
+        for pattern in dict.fromkeys(p for name in sorted(missing) for p in tier(name, hints)):
+            if not any(fnmatchcase(name, pattern) for name in others):
+                fits[pattern] = {name for name in own if fnmatchcase(name, pattern)}
+        while missing and fits:
+            best = max(fits, key=lambda p: (len(fits[p] & missing), -len(p)))
+            if not fits[best] & missing:
+                break
+            chosen.append(best)
+            missing -= fits[best]
+    return [*chosen, *sorted(missing)]
 
 
-def _candidates(name: str, hints: Sequence[str]) -> Iterator[str]:
-    yield name
-    inside = [hint for hint in hints if hint in name]
+def _by_layer_or_hint(name: str, hints: Sequence[str]) -> Iterator[str]:
     layer = re.match(r"(.*?\.\d+\.)", name)
-    for hint in inside:
-        yield f"*{hint}*"
-        if layer:
-            yield f"{layer[1]}*{hint}*"
+    for hint in hints:
+        if hint in name:
+            yield f"*{hint}*"
+            if layer:
+                yield f"{layer[1]}*{hint}*"
     if layer:
         yield f"{layer[1]}*"
-        yield f"{layer[1].rstrip('.0123456789')}.*{name[len(layer[1]) - 1 :]}"
-    parts = name.split(".")
-    for part in parts:
+
+
+def _by_part(name: str, hints: Sequence[str]) -> Iterator[str]:
+    layer = re.match(r"(.*?)\.\d+(\..*)", name)
+    if layer:
+        yield f"{layer[1]}.*{layer[2]}"
+    for part in name.split(".")[1:-1]:
         if not part.isdecimal():
             yield f"*.{part}.*"
 
