@@ -55,7 +55,11 @@ def settings(recipe: Recipe, names: Sequence[str] = (), methods: Methods | None 
         from calmerge.methods import METHODS
 
         methods = METHODS
-    return list(_of_pipe(recipe.merge, recipe.seed, methods, tuple(names), ""))
+    found = list(_of_pipe(recipe.merge, recipe.seed, methods, tuple(names), ""))
+    for number, slice in enumerate(recipe.stack, 1):
+        steps = slice.merge if isinstance(slice, Recipe) else ()
+        found += _of_pipe(steps, recipe.seed, methods, (), f"slice {number} > ")
+    return found
 
 
 def _of_pipe(

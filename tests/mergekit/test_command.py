@@ -72,3 +72,9 @@ def test_options_of_mergekit_are_read_or_explained() -> None:
     )
     assert json.loads(Path("out/calmerge.json").read_text())["recipe"]["seed"] == 3
     assert "Merging runs on the processor" in call("merge", "config.yml", "out2", "--cuda", code=2)
+
+
+def test_every_parameter_is_explained_for_the_tensors_it_is_for() -> None:
+    rows = json.loads(call("explain", "--recipe", "config.yml", "--json"))
+    weights = {name: row["value"] for row in rows if row["option"] == "weight" for name in row["names"]}
+    assert weights == {"embed.w": [1, 0], "h.0.mlp.w": [1, 0], "h.1.mlp.w": [0.5], "h.2.mlp.w": [0, 1]}
