@@ -1,6 +1,7 @@
 """Opening checkpoints: headers at once, tensors when they are asked for."""
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Mapping
 from functools import cached_property
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from calmerge._errors import CheckpointError, MissingExtra, did_you_mean
@@ -25,6 +25,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
 }  # fmt: skip
+_AGAIN = "Nothing of it can be trusted; start again once it is whole."
 _NO_WEIGHTS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt"}  # of a trainer
 
 
@@ -59,16 +60,44 @@ class Checkpoint(Weights):
             if entry.dtype in _DTYPES
         }
         self.foreign = {name: e.dtype for name, (_, e) in self.entries.items() if name not in self.specs}
-        self._handles: dict[int, Any] = {}
+        self._states = [_state(file.stat()) for file in files]
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
-        """The tensor, or some rows of it, straight from the file."""
-        number = self.entries[name][0]
-        if number not in self._handles:
-            self._handles[number] = safe_open(self.files[number], framework="pt")
-        handle = self._handles[number]
-        tensor: Tensor = handle.get_tensor(name) if rows == ALL else handle.get_slice(name)[rows]
-        return tensor
+        """The tensor, or some rows of it, straight from the file.
+
+        Raises:
+            CheckpointError: the file was cut short, replaced or taken away since it was opened.
+        """
+        number, entry = self.entries[name]
+        shape, dtype = self.specs[name]
+        start, stop = entry.start, entry.stop
+        if rows != ALL:
+            first, last, _ = rows.indices(shape[0])
+            row = (stop - start) // max(1, shape[0])
+            start, stop, shape = start + first * row, start + max(first, last) * row, (max(0, last - first), *shape[1:])
+        data = torch.empty(stop - start, dtype=torch.uint8)
+        self._fill(data, number, start)
+        return data.view(dtype).view(shape)
+
+    def _fill(self, data: Tensor, number: int, at: int) -> None:
+        """Bytes of a file, read and not mapped: a mapped file that shrinks ends the process, whatever was checked.
+
+        That the file is still the same is asked each time, so that no two states of it are mixed. It is not kept open:
+        experts may have more shards than a process may have files.
+        """
+        file = self.files[number]
+        try:
+            with file.open("rb", buffering=0) as f:
+                if _state(os.fstat(f.fileno())) != self._states[number]:
+                    raise CheckpointError(f"{file}: was changed while it was in use. {_AGAIN}")
+                rest = memoryview(data.numpy())  # type: ignore[arg-type]
+                while rest:
+                    got = os.preadv(f.fileno(), [rest], at)
+                    if not got:
+                        raise CheckpointError(f"{file}: was cut short while it was in use. {_AGAIN}")
+                    rest, at = rest[got:], at + got
+        except OSError as e:
+            raise CheckpointError(f"{file}: cannot be read any more ({e.strerror}). {_AGAIN}") from None
 
     @property
     def fingerprint(self) -> str:
@@ -125,6 +154,11 @@ def _beside(path: Path) -> str:
     except OSError:
         return ""
     return f" {close}" if close.startswith("Did") else ""
+
+
+def _state(stat: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a file is replaced, cut short or written to."""
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def sha256(file: Path) -> str:
