@@ -46,7 +46,7 @@ def iso_cts(
 
     Source: Marczak, Magistri, Cygert, Twardowski, Bagdanov, van de Weijer, "No Task Left Behind: Isotropic Model
     Merging with Common and Task-Specific Subspaces", ICML 2025; danielm1405/iso-merging (Apache-2.0).
-    Differences: triples of singular value 0 are left out, and directions that depend on others (below 1e-4), instead of
+    Differences: triples of singular value 0 are left out, and directions that depend on others (below 1e-6), instead of
     arbitrary ones filled in. q never takes more than the rank.
     """
     raise_together(check(iso_cts, {"common": common, "scale": scale, "skip": skip, "split": split}))

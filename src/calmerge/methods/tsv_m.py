@@ -46,7 +46,7 @@ def tsv_m(
     Source: Gargiulo, Crisostomi, Bucarelli, Scardapane, Silvestri, Rodolà, "Task Singular Vectors: Reducing Task
     Interference in Model Merging", CVPR 2025; AntoAndGar/task_singular_vectors (Apache-2.0).
     Differences: triples of singular value 0 are left out instead of filled with arbitrary directions, and so are
-    directions that tasks have in common (below 1e-4 of the largest), where the polar factor is not unique. A matrix
+    directions that tasks have in common (below 1e-6 of the largest), where the polar factor is not unique. A matrix
     with more tasks than rows or columns is averaged; the official code drops it.
     """
     raise_together(check(tsv_m, {"scale": scale, "orthogonalize": orthogonalize, "skip": skip, "split": split}))
