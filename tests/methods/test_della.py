@@ -95,7 +95,7 @@ def test_probabilities_out_of_range_are_refused(method: Any, rate: float, spread
 
 def test_each_task_and_tensor_has_its_own_draw_whatever_the_order() -> None:
     tau = uniform((40,), "draw")
-    one = keep_by_rank(vectors(tau, tau), [0.5, 0.5], [0.1, 0.1], per_element=False, seed=1)
+    one = keep_by_rank(vectors(tau, tau), [0.5, 0.5], [0.1, 0.1], rescale=None, seed=1)
     assert not torch.equal(one["w"][0], one["w"][1])
     swapped = one.only(["t1", "t0"])
     assert torch.equal(swapped["w"][0], one["w"][1])

@@ -1,11 +1,8 @@
 """Arcee Fusion: the important changes of one model."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from calmerge._measure import Measure, kth_magnitude, per_tensor
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.methods.nearswap import one_expert
@@ -18,7 +15,7 @@ def arcee_fusion(tvs: TaskVectors) -> Weights:
     entries with an importance of at least median + 1.5 (Q3 - Q1) over the tensor become the expert's.
 
     Args:
-        tvs: task vectors of one expert. Whole tensors are held, in float64.
+        tvs: task vectors of one expert. Whole tensors are held.
 
     Raises:
         UsageError: there is not exactly one expert.
@@ -35,24 +32,21 @@ def arcee_fusion(tvs: TaskVectors) -> Weights:
     of larger tensors. The divergence is found in float64. No benchmark supports the method.
     """
     one_expert("arcee_fusion", tvs)
-    importance = tvs.reduce(_importance, tvs.base, elementwise=False)
-    quartiles = [per_tensor(importance, partial(_quartile, q)) for q in (1, 2, 3)]
-
-    def fused(tau: Tensor, important: Tensor, first: Tensor, median: Tensor, third: Tensor, site: Site) -> Tensor:
-        return tau[0].where(important >= (median + 1.5 * (third - first))[0], 0.0)
-
-    return tvs.reduce(fused, importance, *quartiles)
+    return tvs.reduce(_fused, tvs.base, elementwise=False)
 
 
-def _quartile(q: int, weights: Weights) -> Measure:
-    return kth_magnitude(weights, q * (weights.numel - 1) // 4 + 1)
+def _fused(tau: Tensor, base: Tensor, site: Site) -> Tensor:
+    delta = tau[0]
+    if delta.numel() < 2:
+        return delta  # no entry is more important than the only one
+    n, width = delta.numel(), delta.shape[-1]
+    rows, old = delta.reshape(-1, width), base.to(delta.device).reshape(-1, width)
+    step = max(1, 2**18 // width)  # rows of float64 at a time
+    importance = torch.cat([_importance(rows[i : i + step], old[i : i + step]) for i in range(0, len(rows), step)])
+    first, median, third = (importance.flatten().kthvalue(q * (n - 1) // 4 + 1).values for q in (1, 2, 3))
+    return rows.where(importance >= median + 1.5 * (third - first), 0.0).reshape(delta.shape)
 
 
-def _importance(tau: Tensor, base: Tensor, site: Site) -> Tensor:
-    old = base.to(tau.device, torch.float64)
-    new = old + tau[0]
-    if not tau[0].dim():
-        return torch.zeros_like(tau[0])  # the softmax of one number is 1
-    p, q = new.softmax(-1) + 1e-8, old.softmax(-1) + 1e-8
-    divergence = (p * (p / q).log()).sum(-1, keepdim=True).clamp(min=0)
-    return (tau[0].abs() * divergence).float()
+def _importance(delta: Tensor, base: Tensor) -> Tensor:
+    p, q = (base.double() + delta).softmax(-1) + 1e-8, base.double().softmax(-1) + 1e-8
+    return (delta.abs() * (p * (p / q).log()).sum(-1, keepdim=True).clamp(min=0)).float()

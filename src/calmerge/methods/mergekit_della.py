@@ -10,7 +10,6 @@ from calmerge._weights import Weights
 from calmerge.pieces.fuse import fuse
 from calmerge.pieces.magprune import keep_by_rank
 from calmerge.pieces.per_model import FractionPerModel, PerModel, checked
-from calmerge.pieces.rescale import restore_l1
 
 
 def mergekit_della(
@@ -54,8 +53,7 @@ def mergekit_della(
     """
     given = {"weight": weight, "density": density, "epsilon": epsilon, "normalize": normalize, "rescale": rescale}
     each = checked(mergekit_della, tvs, given | {"lambda_": lambda_, "seed": seed})
-    kept = _pruned("mergekit_della", tvs, each["density"], each["epsilon"], seed)
-    kept = restore_l1(kept, tvs) if rescale else kept
+    kept = _pruned("mergekit_della", tvs, each["density"], each["epsilon"], rescale, seed)
     return fuse(kept, each["weight"], vote=True, normalize=normalize, scale=lambda_)
 
 
@@ -97,16 +95,17 @@ def mergekit_della_linear(
     """
     given = {"weight": weight, "density": density, "epsilon": epsilon, "normalize": normalize, "rescale": rescale}
     each = checked(mergekit_della_linear, tvs, given | {"lambda_": lambda_, "seed": seed})
-    kept = _pruned("mergekit_della_linear", tvs, each["density"], each["epsilon"], seed)
-    kept = restore_l1(kept, tvs) if rescale else kept
+    kept = _pruned("mergekit_della_linear", tvs, each["density"], each["epsilon"], rescale, seed)
     return fuse(kept, each["weight"], vote=False, normalize=normalize, scale=lambda_)
 
 
-def _pruned(name: str, tvs: TaskVectors, density: Sequence[float], epsilon: Sequence[float], seed: int) -> TaskVectors:
+def _pruned(
+    name: str, tvs: TaskVectors, density: Sequence[float], epsilon: Sequence[float], rescale: bool, seed: int
+) -> TaskVectors:
     for share, half in zip(density, epsilon, strict=True):
         if share < 1 and not 0 < share - half <= share + half < 1:
             raise UsageError(
                 f"{name}: chances from {share - half:g} to {share + half:g} follow from density {share:g} and epsilon "
                 f"{half:g}; they must lie in (0, 1). Choose an epsilon below {min(share, 1 - share):g}."
             )
-    return keep_by_rank(tvs, density, epsilon, per_element=False, seed=seed)
+    return keep_by_rank(tvs, density, epsilon, rescale="l1" if rescale else None, seed=seed)

@@ -1,6 +1,7 @@
 """Dropping entries at random, small ones more often than large ones."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -45,11 +46,16 @@ def magprune(
             "they must lie in [0, 1). Choose a smaller spread."
         )
     every = [1 - rate] * len(tvs.tasks)
-    return keep_by_rank(tvs, every, [spread / 2] * len(every), per_element=rescale, seed=seed)
+    return keep_by_rank(tvs, every, [spread / 2] * len(every), rescale="per_element" if rescale else None, seed=seed)
 
 
 def keep_by_rank(
-    tvs: TaskVectors, density: Sequence[float], epsilon: Sequence[float], *, per_element: bool, seed: int
+    tvs: TaskVectors,
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    *,
+    rescale: Literal["per_element", "l1"] | None,
+    seed: int,
 ) -> TaskVectors:
     """Task vectors of which each entry stays with a probability that rises with its rank in its row.
 
@@ -59,12 +65,12 @@ def keep_by_rank(
         tvs: task vectors.
         density: mean of the probabilities, one for each task; 1 or more keeps all.
         epsilon: half of their range.
-        per_element: whether what stays is divided by its probability.
+        rescale: `per_element` divides what stays by its probability, `l1` gives every tensor its former L1 norm.
         seed: names the draw.
 
     >>> from calmerge import task_vectors
     >>> tvs = task_vectors({"w": torch.zeros(3)}, {"a": {"w": torch.tensor([3.0, 1.0, -2.0])}})
-    >>> keep_by_rank(tvs, [0.5], [0.5], per_element=False, seed=0)["w"][0, :2]
+    >>> keep_by_rank(tvs, [0.5], [0.5], rescale=None, seed=0)["w"][0, :2]
     tensor([3., 0.])
     """
 
@@ -79,10 +85,17 @@ def keep_by_rank(
             if not shape or shape[-1] == 1:
                 chance = torch.ones_like(chance)
             stays = uniform(shape, seed, site.name, task, offset=site.offset).to(tau.device) >= 1 - chance
-            result[t] = torch.where(stays, tau[t] / chance if per_element else tau[t], 0.0)
+            result[t] = torch.where(stays, tau[t] / chance if rescale == "per_element" else tau[t], 0.0)
+            if rescale == "l1":
+                result[t] *= _l1(tau[t]) / (_l1(result[t]) or 1.0)
         return result
 
     return tvs if all(d >= 1 for d in density) else tvs.transform(kept, elementwise=False)
+
+
+def _l1(tensor: Tensor) -> float:
+    """The sum of magnitudes; NumPy adds in one order, whatever the number of threads."""
+    return float(np.abs(tensor.detach().cpu().numpy()).sum(dtype=np.float64))
 
 
 def ranks(tensor: Tensor) -> Tensor:
