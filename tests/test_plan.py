@@ -39,8 +39,8 @@ def squares(tvs: TaskVectors) -> Weights:
     [
         (cm.average, "A", 1),
         (cm.dare, "A", 1),
-        (cm.ties, "C", 4),  # two for the threshold, one for the majority sign, one to write
-        (lambda tvs: cm.dare(tvs, inner=cm.ties), "C", 4),
+        (cm.ties, "C", 3),  # one for the threshold, one for the majority sign, one to write
+        (lambda tvs: cm.dare(tvs, inner=cm.ties), "C", 3),
         (cm.tsv_m, "B", 1),
         (lambda tvs: cm.tsv_m(tvs).map(lambda w, n, site: w / n, total(tvs, torch.sum)), "B+C", 2),
         (squares, "C", 3),
@@ -103,9 +103,9 @@ def test_a_limit_is_kept_by_smaller_chunks_and_then_by_fewer_threads() -> None:
     present = private_memory() or 0
     less = plan(*weights, threads=4, max_memory=present + free.memory // 2)
     assert (less.threads, less.chunk) == (4, free.chunk // 4)
-    least = plan(*weights, threads=4, max_memory=present + free.memory // 40)
+    least = plan(*weights, threads=4, max_memory=present + free.memory // 24)
     assert least.threads < 4
-    assert least.memory < free.memory // 40
+    assert least.memory < free.memory // 24
 
 
 def test_a_limit_on_whole_tensors_is_kept_by_fewer_threads() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calmerge._random import permutation, uniform
+from calmerge._random import bernoulli, permutation, uniform
 
 
 def test_numbers_never_change_between_versions() -> None:
@@ -15,6 +15,7 @@ def test_numbers_never_change_between_versions() -> None:
         0.6250713467597961,
     ]
     assert permutation(8, 0, "pool").tolist() == [6, 1, 4, 7, 2, 0, 5, 3]
+    assert bernoulli((8,), 0.5, 0, "w", "cars").tolist() == [False, False, False, True, False, True, True, False]
 
 
 def test_uniform_lies_in_0_1_with_the_right_moments() -> None:
@@ -73,3 +74,40 @@ def test_permutation_is_one_and_depends_on_its_key() -> None:
 def test_every_position_is_as_likely_for_the_first_element() -> None:
     places = torch.bincount(torch.stack([permutation(4, i)[0] for i in range(4000)]), minlength=4)
     assert ((places - 1000).abs() < 110).all()  # four standard deviations
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999, 1.0])
+def test_bernoulli_is_true_in_its_share(share: float) -> None:
+    n = 400_000
+    found = bernoulli((n,), share, "share").double().mean().item()
+    assert abs(found - share) <= 4 * (share * (1 - share) / n) ** 0.5
+
+
+def test_a_share_finer_than_half_a_word_is_kept() -> None:
+    n, share = 3_000_000, 1.5 / 65536
+    found = int(bernoulli((n,), share, "fine").sum())
+    assert abs(found - n * share) < 4 * (n * share) ** 0.5  # 69, and 46 or 92 if the lower half did not count
+
+
+def test_every_entry_may_have_its_own_share() -> None:
+    n = 200_000
+    shares = torch.tensor([0.1, 0.9]).repeat(n // 2)
+    found = bernoulli((n,), shares, "own")
+    for one in (0.1, 0.9):
+        assert torch.equal(found[shares == one], bernoulli((n,), one, "own")[shares == one])
+
+
+def test_neighbours_and_streams_of_bernoulli_are_independent() -> None:
+    n = 400_000
+    u, v = bernoulli((n,), 0.5, 0, "a").double() - 0.5, bernoulli((n,), 0.5, 0, "b").double() - 0.5
+    for x, y in ((u[1:], u[:-1]), (u[2:], u[:-2]), (u, v), (u[0::2], u[1::2])):
+        assert abs((x * y).mean().item() * 4) < 4 / len(x) ** 0.5
+
+
+@pytest.mark.parametrize("start", [0, 2**32 - 50, 2**33 + 1])
+@pytest.mark.parametrize("cut", [1, 7, 64, 99])
+def test_a_piece_of_bernoulli_is_what_the_whole_has_there(start: int, cut: int) -> None:
+    whole = bernoulli((100,), 0.3, "w", offset=start)
+    pieces = [bernoulli((cut,), 0.3, "w", offset=start), bernoulli((100 - cut,), 0.3, "w", offset=start + cut)]
+    assert torch.equal(torch.cat(pieces), whole)
+    assert not torch.equal(whole, bernoulli((100,), 0.3, "w", offset=start + 2**34))

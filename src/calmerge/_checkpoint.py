@@ -68,6 +68,9 @@ class Checkpoint(Weights):
         Raises:
             CheckpointError: the file was cut short, replaced or taken away since it was opened.
         """
+        key = (id(self), name, rows.start, rows.stop)
+        if memo is not None and key in memo:
+            return memo[key]
         number, entry = self.entries[name]
         shape, dtype = self.specs[name]
         start, stop = entry.start, entry.stop
@@ -77,7 +80,10 @@ class Checkpoint(Weights):
             start, stop, shape = start + first * row, start + max(first, last) * row, (max(0, last - first), *shape[1:])
         data = torch.empty(stop - start, dtype=torch.uint8)
         self._fill(data, number, start)
-        return data.view(dtype).view(shape)
+        tensor = data.view(dtype).view(shape)
+        if memo is not None:
+            memo[key] = tensor
+        return tensor
 
     def _fill(self, data: Tensor, number: int, at: int) -> None:
         """Bytes of a file, read and not mapped: a mapped file that shrinks ends the process, whatever was checked.

@@ -7,28 +7,26 @@ share one pass, every block is read once, and blocks are spread over threads.
 
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from calmerge._passes import Fold as Fold
+from calmerge._passes import Pass as Pass
+from calmerge._passes import Spread, run_passes
+from calmerge._passes import ahead as ahead
+from calmerge._passes import workers as workers
+from calmerge._rank import rank_rounds, usual_passes
 from calmerge._run import Run
-from calmerge._weights import Memo, Node, Number, Site, Weights, blocks, entries, site_of, value_at
+from calmerge._weights import Node, Number, Site, Weights
 
-A = TypeVar("A")
-B = TypeVar("B")
 W = TypeVar("W", bound=Weights)
 
-Pass = Callable[..., Tensor]
-"""From the blocks of a measure's inputs (and its settled measures) and their `Site` to partial sums of one shape."""
-Rounds = Callable[[], Generator[Pass, Tensor, Tensor]]
-"""Yields a pass, is sent its sum over all blocks, and so on; returns the number."""
-
-_HALF = 1 << 16
+Rounds = Callable[[], Generator[Pass, Any, Tensor]]
+"""Yields a pass, is sent what it found over all blocks, and so on; returns the number."""
 
 
 class Measure(Number):
@@ -39,7 +37,7 @@ class Measure(Number):
     Args:
         inputs: weights of the same names whose blocks each pass is called with, and measures that come before.
         rounds: the passes, as a generator (see `Rounds`).
-        passes: how many there are at most; 0 for what follows from other measures alone.
+        passes: how many there are as a rule; 0 for what follows from other measures alone.
     """
 
     def __init__(self, inputs: tuple[Node, ...], rounds: Rounds, *, passes: int) -> None:
@@ -106,8 +104,7 @@ def total(weights: Weights, fn: Callable[[Tensor], Tensor]) -> Measure:
 def kth_magnitude(weights: Weights, k: "int | Sequence[int] | Measure") -> Measure:
     """The k-th smallest |w| (k = 1 is the smallest), exact, counted over all tensors together.
 
-    Magnitudes of floats order like their bits, so one pass counts the upper half-words and a second one the lower
-    half-words inside the bin that holds rank k: 2^15 + 2^16 counters a task, whatever the size of the model.
+    As a rule one pass, and a few megabytes, whatever the size of the model; see `_rank`.
 
     Args:
         weights: float tensors; of task vectors ([T, ...]) one threshold for each task comes out.
@@ -123,34 +120,12 @@ def kth_magnitude(weights: Weights, k: "int | Sequence[int] | Measure") -> Measu
     stacked = getattr(weights, "row_dim", 0)
     n = len(weights.tasks) if stacked else 1  # type: ignore[attr-defined]
 
-    def ranks() -> Tensor:
+    def ranks() -> list[int]:
         found = k.value() if isinstance(k, Measure) else torch.tensor(k)
-        return found.long().reshape(-1, 1).expand(n, 1).contiguous()
+        return [int(rank) for rank in found.reshape(-1, 1).expand(n, 1)[:, 0]]
 
-    def count(key: Callable[[Tensor], Tensor], bins: int) -> Pass:
-        def counted(block: Tensor, *_: object) -> Tensor:
-            bits = block.cpu().reshape(n, -1).float().contiguous().view(torch.int32) & 0x7FFFFFFF
-            keys = key(bits)  # [n, entries], bins where an entry does not count
-            keys = keys + torch.arange(n)[:, None] * (bins + 1)
-            return torch.bincount(keys.flatten(), minlength=n * (bins + 1)).reshape(n, bins + 1)[:, :bins]
-
-        return counted
-
-    def rounds() -> Generator[Pass, Tensor, Tensor]:
-        if not weights.numel:
-            return torch.zeros(n)
-        high_counts = (yield count(lambda bits: (bits >> 16).long(), _HALF // 2)).cumsum(1)
-        high = torch.searchsorted(high_counts, ranks())[:, 0]  # first bin whose running count reaches k
-        below = torch.where(high > 0, high_counts.gather(1, (high - 1).clamp(min=0)[:, None])[:, 0], 0)
-
-        def inside(bits: Tensor) -> Tensor:
-            return torch.where((bits >> 16) == high[:, None], bits & 0xFFFF, _HALF).long()
-
-        low_counts = (yield count(inside, _HALF)).cumsum(1)
-        low = torch.searchsorted(low_counts, ranks() - below[:, None])[:, 0]
-        return ((high << 16) | low).to(torch.int32).view(torch.float32)
-
-    return Measure((weights, k) if isinstance(k, Measure) else (weights,), rounds, passes=2)
+    inputs = (weights, k) if isinstance(k, Measure) else (weights,)
+    return Measure(inputs, lambda: rank_rounds(weights, n, ranks), passes=usual_passes(weights, n))
 
 
 class PerTensor(Number):
@@ -218,10 +193,19 @@ def settle(nodes: Iterable[Node], *, threads: int | None = None, run: Run | None
     >>> number.settled
     True
     """
+    threads, run = threads or os.cpu_count() or 1, run or Run()
     for stage in stages(nodes):
-        with workers(threads or os.cpu_count() or 1) as pool:
-            for group in stage:
-                _side_by_side(group, pool, threads or os.cpu_count() or 1, run or Run())
+        sizes = [max((n.numel for n in group[0].inputs if isinstance(n, Weights)), default=0) for group in stage]
+        shared = [size * 4 * threads > sum(sizes) for size in sizes]  # the others are worked on whole by one thread
+        with workers(threads) as pool:
+            for group, by_blocks in zip(stage, shared, strict=True):
+                if by_blocks:
+                    _side_by_side(group, partial(ahead, pool, most=2 * threads), run)
+            alone = [group for group, by_blocks in zip(stage, shared, strict=True) if not by_blocks]
+            if alone:
+                with run.progress.track("measuring", len(alone)) as bar:
+                    for _ in ahead(pool, lambda group: _side_by_side(group, map, Run()), alone, 2 * threads):
+                        bar.advance()
 
 
 def stages(nodes: Iterable[Node]) -> list[list[list[Measure]]]:
@@ -234,87 +218,39 @@ def stages(nodes: Iterable[Node]) -> list[list[list[Measure]]]:
     >>> [[len(group) for group in stage] for stage in stages([first.map(torch.sqrt), first])]
     [[1], [1]]
     """
-    found: list[list[list[Measure]]] = []
-    waiting = pending(nodes)
-    needs = {id(m): {id(n) for n in pending(m.inputs)} for m in waiting}
-    while waiting:
-        missing = {id(m) for m in waiting}
-        ready = [m for m in waiting if not needs[id(m)] & missing]
-        groups: dict[object, list[Measure]] = {}
-        for measure in ready:
-            weights = [n for n in measure.inputs if isinstance(n, Weights)]
-            grid = (tuple(weights[0].specs.items()), all(w.elementwise for w in weights)) if weights else id(measure)
-            groups.setdefault(grid, []).append(measure)
-        found.append(list(groups.values()))
-        waiting = [m for m in waiting if id(m) not in {id(r) for r in ready}]
-    return found
+    depths: dict[int, int] = {}
+    grids: list[dict[object, list[Measure]]] = []
+
+    def visit(node: Node) -> int:
+        """The number of the first stage in which the node's value is known."""
+        if id(node) in depths:
+            return depths[id(node)]
+        if isinstance(node, Measure) and node.settled:
+            return 0
+        depths[id(node)] = depth = max((visit(one) for one in node.inputs), default=0)
+        if isinstance(node, Measure):
+            if depth == len(grids):
+                grids.append({})
+            weights = [n for n in node.inputs if isinstance(n, Weights)]
+            grid = (tuple(weights[0].specs.items()), all(w.elementwise for w in weights)) if weights else id(node)
+            grids[depth].setdefault(grid, []).append(node)
+            depths[id(node)] = depth + 1
+        return depths[id(node)]
+
+    for node in nodes:
+        visit(node)
+    return [list(groups.values()) for groups in grids]
 
 
-def _side_by_side(group: Sequence[Measure], pool: ThreadPoolExecutor, threads: int, run: Run) -> None:
+def _side_by_side(group: Sequence[Measure], spread: Spread, run: Run) -> None:
     """Run the rounds of some measures in step: their first passes as one, then their second, and so on."""
-    running = [(measure, measure._rounds()) for measure in group]
-    sums: list[Tensor | None] = [None] * len(running)
+    running: list[tuple[Measure, Generator[Pass, Any, Tensor], Any]] = [(m, m._rounds(), None) for m in group]
     while running:
-        going: list[tuple[Measure, Generator[Pass, Tensor, Tensor], Pass]] = []
-        for (measure, rounds), found in zip(running, sums, strict=True):
+        going: list[tuple[Measure, Generator[Pass, Any, Tensor], Pass]] = []
+        for measure, rounds, found in running:
             try:
-                going.append((measure, rounds, next(rounds) if found is None else rounds.send(found)))
+                going.append((measure, rounds, rounds.send(found)))
             except StopIteration as done:
                 measure._value = done.value
-        running = [(measure, rounds) for measure, rounds, _ in going]
-        sums = [*_one_pass([(measure, fn) for measure, _, fn in going], pool, threads, run)] if going else []
-
-
-def _one_pass(
-    work: Sequence[tuple[Measure, Pass]], pool: ThreadPoolExecutor, threads: int, run: Run
-) -> list[Tensor | None]:
-    """The sum of every pass over all blocks, each of which is read once."""
-    inputs = [n for measure, _ in work for n in measure.inputs if isinstance(n, Weights)]
-    weights = next((w for w in inputs if not w.elementwise), inputs[0])
-
-    def partial(block: tuple[str, slice]) -> tuple[int, list[Tensor]]:
-        name, rows = block
-        memo: Memo = {}
-        site = site_of(weights, name, rows)
-        return entries(weights, name, rows), [
-            fn(*(value_at(node, site, rows, memo) for node in m.inputs), site).cpu() for m, fn in work
-        ]
-
-    sums: list[Tensor | None] = [None] * len(work)
-    with run.progress.track("measuring", weights.numel, "entry") as bar:
-        for n, parts in ahead(pool, partial, blocks(weights), 2 * threads):  # in order: float sums depend on it
-            sums = [part if old is None else old + part for old, part in zip(sums, parts, strict=True)]
-            bar.advance(n)
-    return [torch.zeros((), dtype=torch.float64) if found is None else found for found in sums]
-
-
-def ahead(pool: ThreadPoolExecutor, fn: Callable[[A], B], items: Iterable[A], most: int) -> Iterator[B]:
-    """`fn` of every item, in order, with at most `most` of them begun and not yet handed out.
-
-    >>> with workers(2) as pool:
-    ...     list(ahead(pool, abs, [-1, 2, -3], 2))
-    [1, 2, 3]
-    """
-    begun: deque[Future[B]] = deque()
-    for item in items:
-        begun.append(pool.submit(fn, item))
-        if len(begun) >= most:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
-
-
-@contextmanager
-def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that compute with one torch thread each: blocks are the parallelism.
-
-    >>> with workers(2) as pool:
-    ...     list(pool.map(abs, [-1, 2]))
-    [1, 2]
-    """
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
+        results = run_passes([(measure.inputs, one) for measure, _, one in going], spread, run) if going else []
+        running = [(measure, rounds, found) for (measure, rounds, _), found in zip(going, results, strict=True)]

@@ -148,7 +148,7 @@ class TaskVectors(Weights):
         found = [(task, w.factors(name)) for task, w in self._source.experts if isinstance(w, Adapted)]
         for task, factors in found:
             for part in (factors.left, factors.right):
-                _finite(f"expert '{task}'", name, part)
+                _refuse_nonfinite(f"expert '{task}'", name, part)
         return [factors for _, factors in found]
 
     def expert(self, task: str) -> dict[str, Tensor]:
@@ -378,26 +378,31 @@ class _Deltas(Weights):
         memo = {} if memo is None else memo
         key = (id(self), name, rows.start, rows.stop)
         if key not in memo:
-            base = _finite("the base", name, self._base.read(name, rows).float())
+            base = self._base.read(name, rows, memo).float()  # the sum with the base reads it too
             tau = torch.empty(len(self.experts), *base.shape)
-            for t, (task, expert) in enumerate(self.experts):
+            for t, (_, expert) in enumerate(self.experts):
                 if _on(expert, self._base):
-                    tau[t] = _finite(f"expert '{task}'", name, expert.change(name, rows, base))
+                    tau[t] = expert.change(name, rows, base)
                 else:
-                    torch.sub(_finite(f"expert '{task}'", name, expert.read(name, rows).float()), base, out=tau[t])
+                    tau[t].copy_(expert.read(name, rows)).sub_(base)
+            # NaN or infinity in base or expert is one in the difference, and one in the sum of all: the exact test
+            # runs only where that, or overflow, shows
+            if not torch.isfinite(tau.sum()):
+                _refuse_nonfinite("the base", name, base)
+                for t, (task, expert) in enumerate(self.experts):
+                    whole = tau[t] if _on(expert, self._base) else expert.read(name, rows)
+                    _refuse_nonfinite(f"expert '{task}'", name, whole)
             memo[key] = tau
         return memo[key]
 
 
-def _finite(whose: str, name: str, tensor: Tensor) -> Tensor:
-    # a sum is finite only if all its terms are, and costs one read; the exact test runs only where it overflows
-    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
+def _refuse_nonfinite(whose: str, name: str, tensor: Tensor) -> None:
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
         raise CheckpointError(
             f"{whose}: tensor '{name}' has {bad} entries that are NaN or infinite. "
             f"A merge would spread them; use a sound checkpoint, or exclude the tensor (exclude: ['{name}'])."
         )
-    return tensor
 
 
 def _is_head(name: str, spec: Spec, having: Mapping[str, Spec]) -> bool:

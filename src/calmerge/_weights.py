@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 ALL = slice(None)
-BLOCK = 2**18  # entries that are worked on at a time; those of a number over a model always are
+BLOCK = 2**17  # entries that are worked on at a time; those of a number over a model always are
 Memo = dict[tuple[int, str, int | None, int | None], Tensor]
 
 
@@ -332,10 +332,11 @@ class _Sum(Weights):
         return self._base.whole(name) or (name in self._delta.specs and self._delta.whole(name))
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
+        memo = {} if memo is None else memo
         base = self._base.read(name, rows, memo)
         dtype = self.specs[name].dtype
         if name not in self._delta.specs:
             return base.to(dtype)
-        delta = self._delta.read(name, rows, memo)
         wide = base.to(torch.promote_types(base.dtype, torch.float32))
-        return torch.where(delta == 0, wide, wide + delta).to(dtype)
+        # x - (0 - d) is x + d, but where d is 0 or -0 it is x to the bit, also for x = -0
+        return (wide - (0.0 - self._delta.read(name, rows, memo))).to(dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calmerge._checkpoint import sha256
 from calmerge._folder import Journal
-from calmerge._measure import pending, settle, workers
+from calmerge._measure import ahead, pending, settle, workers
 from calmerge._run import Run
 from calmerge._size import bytes_of
 from calmerge._weights import BLOCK, Memo, Weights, blocks
@@ -251,16 +251,16 @@ def _write_files(
             memo: Memo = {}
             size = 0
             for handle, part in opened:
-                view, at = memoryview(_raw(part.read(name, rows, memo))), start
+                view, at = _raw(part.read(name, rows, memo)), start
                 size += len(view)
                 while len(view):
                     written = os.pwrite(handle, view, at)
                     view, at = view[written:], at + written
             return size
 
-        for written in pool.map(place, blocks(next(iter(chosen.values())), chunk)):
+        for written in ahead(pool, place, blocks(next(iter(chosen.values())), chunk), 64):
             bar.advance(written)
 
 
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -30,7 +30,7 @@ def test_rate_0_is_the_identity_and_draws_nothing(monkeypatch: pytest.MonkeyPatc
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("calmerge.pieces.drop.uniform", fail)
+    monkeypatch.setattr("calmerge.pieces.drop.bernoulli", fail)
     tvs = ones(4, "a")
     assert dare(tvs, rate=0.0, inner=average)["w"].tolist() == [1.0] * 4
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from calmerge._random import uniform
+from calmerge._random import bernoulli
 from calmerge._signature import Interval, Seed
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
@@ -104,13 +104,12 @@ def keep_at_random(tvs: TaskVectors, density: Sequence[float], *, seed: int) -> 
     """
 
     def kept(tau: Tensor, site: Site) -> Tensor:
-        rows = []
+        result = tau.clone()
         for t, task in enumerate(tvs.tasks):
-            if density[t] >= 1:
-                rows.append(tau[t])
-            else:
-                draws = uniform(tuple(tau.shape[1:]), seed, site.name, task, offset=site.offset)
-                rows.append(tau[t].where(draws.to(tau.device) >= 1 - density[t], 0.0))
-        return torch.stack(rows)
+            if density[t] < 1:
+                shape = tuple(tau.shape[1:])
+                gone = bernoulli(shape, 1 - density[t], seed, site.name, task, offset=site.offset)
+                result[t].mul_((~gone).view(torch.uint8).to(tau.device))
+        return result
 
     return tvs if all(d >= 1 for d in density) else tvs.transform(kept)

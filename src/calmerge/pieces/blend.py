@@ -14,9 +14,11 @@ def summed(tau: Tensor) -> Tensor:
     >>> summed(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     tensor([4., 6.])
     """
-    result = tau[0]
-    for t in range(1, len(tau)):
-        result = result + tau[t]
+    if len(tau) == 1:
+        return tau[0]
+    result = tau[0] + tau[1]
+    for t in range(2, len(tau)):
+        result += tau[t]
     return result
 
 

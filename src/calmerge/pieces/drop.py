@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from calmerge._random import uniform
+from calmerge._random import bernoulli
 from calmerge._signature import Fraction, Seed, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site
@@ -36,7 +36,11 @@ def drop_and_rescale(tvs: TaskVectors, *, rate: Fraction = 0.9, rescale: bool = 
 
     def dropped(tau: Tensor, site: Site) -> Tensor:
         shape = tuple(tau.shape[1:])
-        draws = [uniform(shape, seed, site.name, task, offset=site.offset) for task in tvs.tasks]
-        return tau.where(torch.stack(draws).to(tau.device) >= rate, 0.0) * factor
+        result = torch.empty_like(tau)
+        for t, task in enumerate(tvs.tasks):
+            gone = bernoulli(shape, rate, seed, site.name, task, offset=site.offset)
+            kept = (~gone).view(torch.uint8).to(tau.device)  # a product with booleans takes four times as long
+            torch.mul(tau[t], kept, out=result[t]).mul_(factor)
+        return result
 
     return tvs.transform(dropped)

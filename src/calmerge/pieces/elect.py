@@ -10,6 +10,8 @@ from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.blend import per_task, summed
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def elect(tvs: TaskVectors, *, by: Literal["mass", "normmass", "normfrac"] = "mass") -> Weights:
     """The elected sign of every entry, in {-1, 0, 1}: the sign of the sum over tasks.
@@ -35,12 +37,17 @@ def elect(tvs: TaskVectors, *, by: Literal["mass", "normmass", "normfrac"] = "ma
         shares = tvs.transform(_shares, norms)
         choose = summed if by == "normmass" else _furthest
         signs = shares.reduce(lambda share, site: choose(share).sign())
-    majority = total(signs, lambda s: s.sum(dtype=torch.float64))
+    majority = total(signs, _count)
 
     def settled(sign: Tensor, majority: Tensor, site: Site) -> Tensor:
-        return torch.where(sign == 0, majority.sign().to(sign), sign)
+        return (sign + majority.sign().to(sign) / 2).sign()  # the half decides only where there is no sign
 
     return signs.map(settled, majority)
+
+
+def _count(signs: Tensor) -> Tensor:
+    """Their sum, which float32 holds exactly for as many as 2^24, and finds in a fraction of the time."""
+    return signs.sum(dtype=torch.float32 if signs.numel() <= 2**24 else torch.float64)
 
 
 def _shares(tau: Tensor, norms: Tensor, site: Site) -> Tensor:
@@ -62,7 +69,12 @@ def agree(tvs: TaskVectors, signs: Weights) -> TaskVectors:
     tensor([[ 0.,  2.],
             [-3.,  2.]])
     """
-    return tvs.transform(lambda tau, sign, site: tau.where(torch.where(sign > 0, tau > 0, tau < 0), 0.0), signs)
+
+    def agreeing(tau: Tensor, sign: Tensor, site: Site) -> Tensor:
+        most = sign.clamp(min=0) * _LARGEST  # with a plus from 0 to the largest, else from its negative to 0
+        return tau.clamp(most - _LARGEST, most)
+
+    return tvs.transform(agreeing, signs)
 
 
 def disjoint(tvs: TaskVectors, signs: Weights, *, combine: Literal["mean", "sum", "max"] = "mean") -> Weights:
@@ -85,4 +97,5 @@ def disjoint(tvs: TaskVectors, signs: Weights, *, combine: Literal["mean", "sum"
         return agreeing.reduce(lambda tau, sign, site: tau.abs().amax(0) * sign, signs)
     if combine == "sum":
         return agreeing.reduce(lambda tau, site: summed(tau))
-    return agreeing.reduce(lambda tau, site: summed(tau) / (tau != 0).sum(0).clamp(min=1))
+    # those that agree have one sign, so the sum of their signs counts them
+    return agreeing.reduce(lambda tau, site: summed(tau) / summed(tau.sign()).abs().clamp(min=1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from calmerge._errors import UsageError
-from calmerge._random import uniform
+from calmerge._random import bernoulli
 from calmerge._signature import Fraction, Seed, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site
@@ -84,8 +84,8 @@ def keep_by_rank(
             chance = density[t] - epsilon[t] + 2 * epsilon[t] * rank
             if not shape or shape[-1] == 1:
                 chance = torch.ones_like(chance)
-            stays = uniform(shape, seed, site.name, task, offset=site.offset).to(tau.device) >= 1 - chance
-            result[t] = torch.where(stays, tau[t] / chance if rescale == "per_element" else tau[t], 0.0)
+            gone = bernoulli(shape, 1 - chance, seed, site.name, task, offset=site.offset).to(tau.device)
+            result[t] = torch.where(gone, 0.0, tau[t] / chance if rescale == "per_element" else tau[t])
             if rescale == "l1":
                 result[t] *= _l1(tau[t]) / (_l1(result[t]) or 1.0)
         return result

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from calmerge._measure import kth_magnitude
@@ -40,8 +41,15 @@ def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2, scope: Literal["model", 
     if rank <= 0:
         return tvs
 
-    def kept(tau: Tensor, threshold: Tensor, site: Site) -> Tensor:
-        cut = threshold.to(tau.device).reshape(-1, *[1] * (tau.dim() - 1))
-        return tau.where(tau.abs() >= cut, 0.0)
+    def kept(tau: Tensor, below: Tensor, site: Site) -> Tensor:
+        trimmed = torch.empty_like(tau)
+        for t, cut in enumerate(below.tolist()):
+            torch.hardshrink(tau[t], cut, out=trimmed[t])  # 0 where |tau| <= cut
+        return trimmed
 
-    return tvs.transform(kept, kth_magnitude(tvs, rank))
+    return tvs.transform(kept, kth_magnitude(tvs, rank).map(_next_below))
+
+
+def _next_below(threshold: Tensor) -> Tensor:
+    """The largest float32 under the threshold: what is not above it goes. Under 0 there is a negative one: nothing."""
+    return torch.nextafter(threshold, torch.full_like(threshold, -torch.inf))

@@ -1,0 +1,115 @@
+"""Passes over weights: every block is worked on by some thread, and the partial results are put together in order.
+
+This is the seam at which another executor (processes, Ray) would be put: `run_passes` is a map over blocks, `part`,
+followed by a reduction of what came back, `add`, in the order of the blocks. Parts are arrays and tensors, numbers for
+the most part, so that they can travel; `part` needs the lazy weights, which are opened from headers anywhere.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from calmerge._run import Run
+from calmerge._weights import Memo, Node, Weights, blocks, entries, site_of, value_at
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A pass whose partial results are put together by `add`.
+
+    Args:
+        part: from the blocks of a measure's inputs (and its settled measures) and their `Site` to a partial result.
+        add: from what was put together so far (None at the beginning) and the next partial result to both together.
+    """
+
+    part: Callable[..., Any]
+    add: Callable[[Any, Any], Any]
+
+
+Pass = Callable[..., Tensor] | Fold
+"""A fold, or a function from blocks and their `Site` to partial sums of one shape, which are added."""
+
+
+class Spread(Protocol):
+    """A map: `fn` of every item, in order."""
+
+    def __call__(self, fn: Callable[[A], B], items: Iterable[A], /) -> Iterable[B]:
+        """`fn` of every item, in order."""
+
+
+def run_passes(work: Sequence[tuple[Sequence[Node], Pass]], spread: Spread, run: Run) -> list[Any]:
+    """What every pass makes of its inputs; all have the same names, and every block is read once for all of them.
+
+    Args:
+        work: the inputs of each pass, and the pass.
+        spread: how blocks are shared out.
+        run: progress in entries.
+    """
+    inputs = [n for nodes, _ in work for n in nodes if isinstance(n, Weights)]
+    weights = next((w for w in inputs if not w.elementwise), inputs[0])
+    folds = [one if isinstance(one, Fold) else Fold(one, _sum) for _, one in work]
+
+    def parts(block: tuple[str, slice]) -> tuple[int, list[Any]]:
+        name, rows = block
+        memo: Memo = {}
+        site = site_of(weights, name, rows)
+        return entries(weights, name, rows), [
+            fold.part(*(value_at(node, site, rows, memo) for node in nodes), site)
+            for (nodes, _), fold in zip(work, folds, strict=True)
+        ]
+
+    results: list[Any] = [None] * len(work)
+    with run.progress.track("measuring", weights.numel, "entry") as bar:
+        for n, found in spread(parts, blocks(weights)):  # in order, and of one size: float sums depend on both
+            results = [fold.add(old, part) for fold, old, part in zip(folds, results, found, strict=True)]
+            bar.advance(n)
+    return [torch.zeros((), dtype=torch.float64) if found is None else found for found in results]
+
+
+def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    part = part.cpu()
+    return part if total is None else total + part
+
+
+def ahead(pool: ThreadPoolExecutor, fn: Callable[[A], B], items: Iterable[A], most: int) -> Iterator[B]:
+    """`fn` of every item, in order, with at most `most` of them begun and not yet handed out.
+
+    >>> with workers(2) as pool:
+    ...     list(ahead(pool, abs, [-1, 2, -3], 2))
+    [1, 2, 3]
+    """
+    begun: deque[Future[B]] = deque()
+    for item in items:
+        begun.append(pool.submit(fn, item))
+        if len(begun) >= most:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+@contextmanager
+def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that compute with one torch thread each: blocks are the parallelism.
+
+    >>> with workers(2) as pool:
+    ...     list(pool.map(abs, [-1, 2]))
+    [1, 2]
+    """
+    before = torch.get_num_threads()
+    # glibc gives freed blocks back to the system, which clears them anew each time (a third of a merge's time), unless
+    # they are smaller than the largest one it was ever seen to free, up to 32 MB: so it is shown one
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,170 @@
+"""The exact k-th smallest magnitude of weights of any size, as a rule in one pass over them.
+
+A sample of small blocks says between which two magnitudes the rank lies, with a margin of six standard errors. One pass
+counts what is below that bracket and takes along what is inside: a few entries in a hundred. Where the rank lies
+outside after all, the bracket becomes all floats. What is too much to take along is counted in bins of its bits,
+which order as magnitudes do, and the bin that holds the rank is the next bracket. So the result is always exact; the
+sample decides only how many passes there are.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calmerge._passes import Fold
+from calmerge._random import uniform
+from calmerge._weights import ALL, Weights, row_size
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_GATHERED = 1 << 22  # magnitudes taken along at most, over all tasks: 16 MB
+_BINS = 18  # 2^18 counters for each task
+_INFINITY = 0x7F800000  # its bits; those of NaN are above
+_PROBE = 1 << 12  # entries of one block of the sample
+_MARGIN = 6.0  # standard errors
+
+
+class Bracket(NamedTuple):
+    """Magnitudes from `low` to `high`, both included, as the bits of floats; about `entries` of the weights' are."""
+
+    low: int
+    high: int
+    entries: float
+
+    @property
+    def shift(self) -> int:
+        """How many low bits the magnitudes of one bin differ in."""
+        return max(0, (self.high - self.low).bit_length() - _BINS)
+
+
+def usual_passes(weights: Weights, tasks: int) -> int:
+    """How many passes `rank_rounds` makes as a rule."""
+    return 1 if weights.elementwise or weights.numel * tasks <= _GATHERED else 2
+
+
+def rank_rounds(weights: Weights, tasks: int, ranks: Callable[[], Sequence[int]]) -> Generator[Fold, Any, Tensor]:
+    """The rounds of a measure: for each task, the magnitude whose rank, counted from 1, is asked for.
+
+    Args:
+        weights: their blocks are [tasks, ...], or, with one task, of any shape.
+        tasks: how many thresholds come out.
+        ranks: asked for when the first round begins.
+    """
+    k, numel = ranks(), weights.numel
+    if not numel:
+        return torch.zeros(tasks)
+    if numel * tasks <= _GATHERED:
+        rows = yield Fold(lambda block, *_: _magnitudes(block, tasks), _chain)
+        return torch.tensor([_nth(row, rank) for row, rank in zip(np.concatenate(rows, 1), k, strict=True)])
+    everything = Bracket(0, _INFINITY, numel)
+    brackets = dict(enumerate(_sampled(weights, tasks, k) if weights.elementwise else [everything] * tasks))
+    found = [float("nan")] * tasks
+    while brackets:
+        search = _Search(brackets, tasks)
+        counted = yield Fold(search.part, search.add)
+        for t, bracket in list(brackets.items()):
+            below, upto, inside = counted[t]
+            if not below < k[t] <= upto:
+                narrower: Bracket | float = everything if bracket != everything else float("nan")
+            elif bracket.low == bracket.high:
+                narrower = float(_float(bracket.low))
+            elif isinstance(inside, list):
+                narrower = _nth(np.concatenate(inside), k[t] - below)
+            else:
+                running = inside.cumsum()
+                at = int(np.searchsorted(running, k[t] - below))
+                low = bracket.low + (at << bracket.shift)
+                narrower = Bracket(low, low + (1 << bracket.shift) - 1, inside[at])
+            if isinstance(narrower, Bracket):
+                brackets[t] = narrower
+            else:
+                found[t] = narrower
+                del brackets[t]
+    return torch.tensor(found)
+
+
+class _Search:
+    """One pass: for each task how many entries lie below its bracket, how many up to its end, and which inside."""
+
+    def __init__(self, brackets: Mapping[int, Bracket], tasks: int) -> None:
+        self._brackets, self._tasks = dict(brackets), tasks
+        self._gathers = {t: b.entries * len(brackets) <= _GATHERED for t, b in brackets.items()}
+
+    def part(self, block: Tensor, *_: object) -> dict[int, tuple[int, int, Array]]:
+        """What one block has."""
+        magnitudes = _magnitudes(block, self._tasks)
+        found = {}
+        for t, bracket in self._brackets.items():
+            row = magnitudes[t]
+            below, upto = row < _float(bracket.low), row <= _float(bracket.high)
+            inside = row[np.flatnonzero(below ^ upto)] if bracket.low < bracket.high else row[:0]
+            found[t] = int(np.count_nonzero(below)), int(np.count_nonzero(upto)), inside
+        return found
+
+    def add(self, so_far: dict[int, list[Any]] | None, part: dict[int, tuple[int, int, Array]]) -> dict[int, list[Any]]:
+        """What the blocks so far have, with the entries inside as a list of arrays, or as counts of bins."""
+        total = so_far or {t: [0, 0, [] if self._gathers[t] else np.zeros(1 << _BINS, dtype=np.int64)] for t in part}
+        for t, (below, upto, inside) in part.items():
+            total[t][0] += below
+            total[t][1] += upto
+            if self._gathers[t]:
+                total[t][2].append(inside)
+            else:
+                bracket = self._brackets[t]
+                np.add.at(total[t][2], (inside.view(np.int32) - np.int32(bracket.low)) >> bracket.shift, 1)
+        return total
+
+
+def _sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> list[Bracket]:
+    """Where the ranks lie, by a sample of blocks that is spread over the tensors by their size."""
+    numel = weights.numel
+    names = list(weights.specs)
+    ends = list(accumulate(weights.specs[name].numel for name in names))
+    count = min(max(numel >> 17, 16), 256)
+    places = (torch.arange(count) + uniform((count,), "sample of magnitudes").double()) * (numel / count)
+    blocks = []
+    for place in places.tolist():
+        at = bisect_right(ends, int(place))
+        spec = weights.specs[names[at]]
+        rows = ALL
+        if spec.shape:
+            most = min(spec.shape[0], max(1, _PROBE // row_size(spec)))
+            first = (int(place) - ends[at] + spec.numel) // row_size(spec)
+            rows = slice(min(first, spec.shape[0] - most), min(first, spec.shape[0] - most) + most)
+        blocks.append(_magnitudes(weights.read(names[at], rows), tasks))
+    return [_bracket([block[t] for block in blocks], ranks[t], numel) for t in range(tasks)]
+
+
+def _bracket(sample: list[Array], rank: int, numel: int) -> Bracket:
+    """Two magnitudes of the sample between which the rank lies, as far as its blocks differ from each other."""
+    pooled = np.sort(np.concatenate(sample))
+    middle = (rank - 0.5) / numel
+    guess = pooled[int(middle * len(pooled))]
+    spread = np.std([np.mean(block <= guess) for block in sample]) / np.sqrt(len(sample))
+    margin = _MARGIN * spread + 4 / len(pooled)
+    first, last = int((middle - margin) * len(pooled)), int((middle + margin) * len(pooled)) + 1
+    low = pooled[first] if first > 0 else np.float32(0)
+    high = pooled[last] if last < len(pooled) else np.float32(np.inf)
+    share = np.searchsorted(pooled, high, "right") - np.searchsorted(pooled, low, "left")
+    return Bracket(int(low.view(np.int32)), int(high.view(np.int32)), numel * share / len(pooled))
+
+
+def _magnitudes(block: Tensor, tasks: int) -> Array:
+    return block.detach().cpu().reshape(tasks, -1).float().abs().numpy()
+
+
+def _chain(so_far: list[Array] | None, part: Array) -> list[Array]:
+    return [*(so_far or []), part]
+
+
+def _nth(row: Array, rank: int) -> float:
+    return float(np.partition(row, rank - 1)[rank - 1])
+
+
+def _float(bits: int) -> np.float32:
+    return np.int32(bits).view(np.float32)
