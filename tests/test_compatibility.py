@@ -12,6 +12,8 @@ from torch import Tensor
 
 from calmerge import CheckpointError, StateDict, open_checkpoint, task_vectors
 from calmerge._compatibility import tokenizer_size, unfit
+from calmerge._recipe_run import open_inputs
+from calmerge.mergekit import load_mergekit
 
 SMALL = Path(__file__).parent / "golden" / "mergekit" / "checkpoints" / "small"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -218,3 +220,14 @@ def test_tokens_are_counted_as_far_as_files_are_sound(
     for name, content in files.items():
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
     assert tokenizer_size(open_checkpoint(folder)) == size
+
+
+def test_the_damaged_models_of_a_mergekit_configuration_are_named_together(tmp_path: Path) -> None:
+    models = "".join(
+        f"- {{model: {SMALL / name}, parameters: {{weight: 1}}}}\n" for name in ("truncated", "lost_shard")
+    )
+    (tmp_path / "c.yml").write_text(f"merge_method: linear\ndtype: float32\nmodels:\n{models}")
+    with pytest.raises(CheckpointError) as e:
+        open_inputs(load_mergekit(tmp_path / "c.yml"))
+    assert "it is truncated" in str(e.value)
+    assert "which is missing" in str(e.value)

@@ -13,6 +13,7 @@ from calmerge._errors import CheckpointError
 from calmerge._inputs import Input, Piece, Place, key_of
 from calmerge._lora import adapted
 from calmerge._side_files import beside
+from calmerge._signature import raise_together
 from calmerge._stack import WHOLE, Part, depth, some_layers, stack_layers
 from calmerge._task_vectors import TaskVectors, task_vectors
 from calmerge._weights import ALL, Memo, Spec, StateDict, Weights, add, digest
@@ -144,9 +145,17 @@ def _open_models(recipe: "Recipe") -> dict[str, Weights]:
 
 
 def open_models(sources: Sequence[Input]) -> dict[str, Weights]:
-    """Whole models by key, each opened once."""
+    """Whole models by key, each opened once; whatever is wrong with any of them, together."""
     opened: dict[str, Weights] = {}
-    return {key: opened[key] for key in [_open_model(source, opened) for source in sources]}
+    wanted: list[str] = []
+    problems: list[str] = []
+    for source in sources:
+        try:
+            wanted.append(_open_model(source, opened))
+        except CheckpointError as e:
+            problems.append(str(e))
+    raise_together(list(dict.fromkeys(problems)), CheckpointError)
+    return {key: opened[key] for key in wanted}
 
 
 def _open_model(source: Input, opened: dict[str, Weights]) -> str:
