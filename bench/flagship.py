@@ -218,7 +218,7 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
 def pilot(suite: str) -> Iterator[Cell]:
     """Three step sizes for every parametrisation, to be judged by the held-out loss, which needs no label."""
     for name, lr in LR.items():
-        for factor in (0.3, 1.0, 3.0):
+        for factor in (0.3, 1.0, 3.0, 10.0):
             yield Cell(suite, "average", "kl", name, lr=round(lr * factor, 7), hold_out=0.2)
 
 

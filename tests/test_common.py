@@ -169,6 +169,7 @@ TABLE = {
     "regmean": Row({"examples": 12}, scales=False, learns=True, random=True, rounds=True),
     "regmean_pp": Row({"examples": 12}, scales=False, learns=True, random=True, rounds=True),
     "sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
+    "self_positioning": Row({"steps": 2, "batch": 2}, scales=False, learns=True, random=True),
     "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
     "svc": Row(rounds=True),
     "tall_masks": Row(),

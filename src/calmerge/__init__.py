@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from calmerge.methods.regmean import regmean as regmean
     from calmerge.methods.regmean import regmean_pp as regmean_pp
     from calmerge.methods.sce import sce as sce
+    from calmerge.methods.self_positioning import self_positioning as self_positioning
     from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.svc import svc as svc
     from calmerge.methods.tall_masks import consensus as consensus
@@ -177,6 +178,7 @@ _HOME = {
     "save": "_save",
     "save_adapter": "_save_adapter",
     "sce": "methods.sce",
+    "self_positioning": "methods.self_positioning",
     "slerp": "methods.slerp",
     "svc": "methods.svc",
     "tall_masks": "methods.tall_masks",

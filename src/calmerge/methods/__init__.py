@@ -68,6 +68,7 @@ _HOME = {
     "regmean": "methods.regmean",
     "regmean_pp": "methods.regmean",
     "sce": "methods.sce",
+    "self_positioning": "methods.self_positioning",
     "slerp": "methods.slerp",
     "svc": "methods.svc",
     "tall_masks": "methods.tall_masks",
