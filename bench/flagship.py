@@ -47,8 +47,8 @@ STARTS: Mapping[str, Callable[[cm.TaskVectors], cm.Weights]] = {
     "average": cm.average,
     **{name: METHODS[name] for name in ("tsv_m", "iso_c", "cart", "wudi") if name in METHODS},
 }
-LR = {"layers": 1e-2, "elements": 3e-2, "masks": 0.3, "span": 1e-2, "offset": 1e-4}
-"""Step sizes of Adam by parametrisation; see the design `pilot`."""
+LR = {"layers": 0.1, "elements": 0.03, "masks": 0.9, "span": 0.03, "offset": 1e-3}
+"""Step sizes of Adam by parametrisation, of least held-out loss in the design `pilot` on vision; also used on text."""
 
 
 @dataclass(frozen=True)
@@ -216,9 +216,9 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
 
 
 def pilot(suite: str) -> Iterator[Cell]:
-    """Three step sizes for every parametrisation, to be judged by the held-out loss, which needs no label."""
+    """Four step sizes for every parametrisation, to be judged by the held-out loss, which needs no label."""
     for name, lr in LR.items():
-        for factor in (0.3, 1.0, 3.0, 10.0):
+        for factor in (0.1, 0.3, 1.0, 3.0):
             yield Cell(suite, "average", "kl", name, lr=round(lr * factor, 7), hold_out=0.2)
 
 

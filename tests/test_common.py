@@ -164,12 +164,17 @@ TABLE = {
     "peft": Row(
         {"combination": "dare_linear", "density": 0.5}, single=({"combination": "svd"}, 1.0), random=True
     ),
+    "prodistill": Row(
+        {"epochs": 1, "examples": 8}, scales=False, single=({"epochs": 0}, 0.3), learns=True, random=True
+    ),
     "ram": Row(scales=False),
     "ram_plus": Row(scales=False),
     "regmean": Row({"examples": 12}, scales=False, learns=True, random=True, rounds=True),
     "regmean_pp": Row({"examples": 12}, scales=False, learns=True, random=True, rounds=True),
     "sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
-    "self_positioning": Row({"steps": 2, "batch": 2}, scales=False, learns=True, random=True),
+    "self_positioning": Row(
+        {"steps": 2, "batch": 2}, scales=False, single=({"batch": 2}, 1.0), learns=True, random=True
+    ),
     "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
     "svc": Row(rounds=True),
     "tall_masks": Row(),

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from calmerge.methods.passthrough import passthrough as passthrough
     from calmerge.methods.pcb import pcb as pcb
     from calmerge.methods.peft import peft as peft
+    from calmerge.methods.prodistill import prodistill as prodistill
     from calmerge.methods.ram import ram as ram
     from calmerge.methods.ram import ram_plus as ram_plus
     from calmerge.methods.regmean import regmean as regmean
@@ -171,6 +172,7 @@ _HOME = {
     "passthrough": "methods.passthrough",
     "pcb": "methods.pcb",
     "peft": "methods.peft",
+    "prodistill": "methods.prodistill",
     "ram": "methods.ram",
     "ram_plus": "methods.ram",
     "regmean": "methods.regmean",

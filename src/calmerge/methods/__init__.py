@@ -63,6 +63,7 @@ _HOME = {
     "passthrough": "methods.passthrough",
     "pcb": "methods.pcb",
     "peft": "methods.peft",
+    "prodistill": "methods.prodistill",
     "ram": "methods.ram",
     "ram_plus": "methods.ram",
     "regmean": "methods.regmean",
