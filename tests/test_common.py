@@ -165,7 +165,8 @@ TABLE = {
         {"combination": "dare_linear", "density": 0.5}, single=({"combination": "svd"}, 1.0), random=True
     ),
     "prodistill": Row(
-        {"epochs": 1, "examples": 8}, scales=False, single=({"epochs": 0}, 0.3), learns=True, random=True
+        {"epochs": 1, "examples": 8}, permutes=False, scales=False, single=({"epochs": 0}, 0.3), learns=True,
+        random=True,
     ),
     "ram": Row(scales=False),
     "ram_plus": Row(scales=False),
