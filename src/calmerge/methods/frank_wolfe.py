@@ -63,7 +63,7 @@ def frank_wolfe(
         order: the batches of every gradient, instead of random ones.
         run: progress and the trace.
 
-    Held in memory: theta, its gradient, the start and one tensor of all experts, whatever their number.
+    Held in memory: theta, its gradient, the start, and one tensor of one expert, whatever their number.
 
     Raises:
         UsageError: `on` names no expert.
@@ -141,7 +141,7 @@ def frank_wolfe_soft(
         seed: decides which examples are drawn.
         run: progress and the trace.
 
-    Held in memory: theta, its gradient and one tensor of all experts.
+    Held in memory: theta, its gradient, and one tensor of one expert.
 
     Raises:
         UsageError: `on` names no expert.
@@ -211,18 +211,18 @@ def _scores(
     theta: Mapping[str, Tensor], tvs: TaskVectors, first: Weights | None, now: Weights, centred: bool
 ) -> dict[str, Tensor]:
     """By tensor, the cosine of the gradient with every candidate, the experts and last the start; 0 for a zero norm."""
-    scores = {}
-    for name, tensor in theta.items():
-        g = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-        candidates = tvs.read(name)
-        if first is not None:
-            candidates = torch.cat([candidates, first.read(name)[None]])
-        candidates = candidates - now.read(name) if centred else candidates + tvs.base.read(name).float()
-        flat, g = candidates.reshape(len(candidates), -1).double(), g.reshape(-1).double()
-        norms = flat.norm(dim=1) * g.norm()
-        scores[name] = torch.where(norms > 0, flat @ g / norms.clamp(min=1e-300), 0.0)
+    cosines: dict[str, list[Tensor]] = {name: [] for name in theta}
+    for candidate in [*(tvs.of(task) for task in tvs.tasks), *([] if first is None else [first])]:
+        for name, tensor in theta.items():
+            vector = candidate.read(name)
+            vector = vector - now.read(name) if centred else vector + tvs.base.read(name).float()
+            g = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            norms = vector.double().norm() * g.double().norm()
+            dot = (vector.double() * g.double()).sum()
+            cosines[name].append(torch.where(norms > 0, dot / norms.clamp(min=1e-300), 0.0))
+    for tensor in theta.values():
         tensor.grad = None
-    return scores
+    return {name: torch.stack(found) for name, found in cosines.items()}
 
 
 def _in_turn(scores: Sequence[Mapping[str, Tensor]], per: str) -> dict[str, list[int]]:
@@ -241,12 +241,9 @@ def _in_turn(scores: Sequence[Mapping[str, Tensor]], per: str) -> dict[str, list
 def _vertices(tvs: TaskVectors, first: Weights | None, now: Weights, picks: Picks) -> TaskVectors:
     """The vectors from the present model to the picked vertices, as task vectors over it."""
     some = tvs.only(tvs.tasks[: len(next(iter(picks.values())))])
+    candidates = [*(tvs.of(task) for task in tvs.tasks), *([] if first is None else [first])]
 
-    def towards(_: Tensor, tau: Tensor, current: Tensor, *rest: object) -> Tensor:
-        *start, site = rest
-        assert isinstance(site, Site)
-        candidates = torch.cat([tau, *(w[None] for w in start if isinstance(w, Tensor))])
-        return candidates[list(picks[site.name])] - current
+    def towards(_: Tensor, current: Tensor, site: Site) -> Tensor:
+        return torch.stack([candidates[i].read(site.name) - current for i in picks[site.name]])
 
-    others = [tvs, now] + ([first] if first is not None else [])
-    return some.transform(towards, *others, elementwise=False)
+    return some.transform(towards, now, elementwise=False)
