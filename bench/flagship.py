@@ -253,6 +253,19 @@ def factorial(suite: str, *, runs: int = 30, factors: Mapping[str, tuple[str, ..
     ]
 
 
+CONFIRM: Mapping[str, tuple[str, ...]] = {
+    "start": ("average", "tsv_m"),
+    "objective": ("entropy", "hard", "kl"),
+    "parametrisation": ("layers", "span", "offset"),
+    "schedule": ("sequential", "joint"),
+}
+
+
+def confirm(suite: str) -> list[Cell]:
+    """Twelve cells over the levels that mattered, for the main effects on another suite."""
+    return factorial(suite, runs=12, factors=CONFIRM)
+
+
 def references(suite: str) -> Iterator[Cell]:
     """The starts alone."""
     for start in FACTORS["start"]:
@@ -308,7 +321,7 @@ def t_quantile(degrees: int) -> float:
     return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
 
 
-DESIGNS = {"pilot": pilot, "factorial": factorial, "references": references}
+DESIGNS = {"pilot": pilot, "factorial": factorial, "confirm": confirm, "references": references}
 
 
 def main() -> None:
