@@ -79,6 +79,9 @@ TABLE = {
         {"steps": 3, "batch": 8, "sequential": 1}, permutes=False, scales=False, single=({"sequential": 0}, 1.0),
         learns=True, random=True,
     ),
+    "calm_joint": Row(
+        {"steps": 2, "batch": 8}, scales=False, single=({"steps": 0}, 1.0), learns=True, random=True, rounds=True
+    ),
     "cart": Row({"keep": 0.5}, rounds=True),
     "concrete_adamerging": Row(
         {"mask_steps": 2, "steps": 2, "batch": 8, "lr": 0.05}, scales=False,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from calmerge.methods.average import average as average
     from calmerge.methods.breadcrumbs import breadcrumbs as breadcrumbs
     from calmerge.methods.calm import calm as calm
+    from calmerge.methods.calm_joint import calm_joint as calm_joint
     from calmerge.methods.cart import cart as cart
     from calmerge.methods.concrete import concrete_adamerging as concrete_adamerging
     from calmerge.methods.concrete import concrete_task_arithmetic as concrete_task_arithmetic
@@ -129,6 +130,7 @@ _HOME = {
     "average": "methods.average",
     "breadcrumbs": "methods.breadcrumbs",
     "calm": "methods.calm",
+    "calm_joint": "methods.calm_joint",
     "cart": "methods.cart",
     "concrete_adamerging": "methods.concrete",
     "concrete_task_arithmetic": "methods.concrete",

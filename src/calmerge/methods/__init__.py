@@ -12,6 +12,7 @@ _HOME = {
     "average": "methods.average",
     "breadcrumbs": "methods.breadcrumbs",
     "calm": "methods.calm",
+    "calm_joint": "methods.calm_joint",
     "cart": "methods.cart",
     "concrete_adamerging": "methods.concrete",
     "concrete_task_arithmetic": "methods.concrete",

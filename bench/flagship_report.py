@@ -1,0 +1,100 @@
+"""What the cells of `flagship.py` say: a page of tables, and a picture of the main effects for each suite.
+
+python bench/flagship_report.py docs/experiments        # writes docs/experiments/results.md and effects-*.svg
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flagship import CONFIRM, FACTORS, Cell, confirm, effects, factorial
+
+Cells = Sequence[Mapping[str, Any]]
+SUITES = {"vision": (factorial, FACTORS), "text": (confirm, CONFIRM)}
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    lines = ["# What came out", "", "Written by `python bench/flagship_report.py docs/experiments`; do not edit.", ""]
+    for suite, (design, factors) in SUITES.items():
+        cells = [found for cell in design(suite) if (found := read(out, cell))]
+        lines += [f"## {suite}: starts alone", "", *references(out, suite), ""]
+        if len(cells) < len(list(design(suite))):
+            lines += [f"The factorial is not finished: {len(cells)} of {len(list(design(suite)))} cells.", ""]
+            continue
+        lines += [f"## {suite}: main effects of {len(cells)} cells", ""]
+        for measure, words in (("normalised", "mean over tasks, % of the experts"), ("worst", "worst task, %")):
+            lines += [*table(effects(cells, measure, factors), words), ""]
+        picture = out / f"effects-{suite}.svg"
+        title = f"{suite}: points against the mean of all cells"
+        picture.write_text(plot(effects(cells, "normalised", factors), title))
+        lines += [f"![Main effects on {suite}]({picture.name})", "", f"## {suite}: all cells", "", *rows(cells), ""]
+    (out / "results.md").write_text("\n".join(lines))
+
+
+def read(out: Path, cell: Cell) -> Mapping[str, Any] | None:
+    file = out / "cells" / f"{cell.suite}-{cell.key}.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def references(out: Path, suite: str) -> list[str]:
+    found = [(start, read(out, Cell(suite, start, "none", "offset", steps=0))) for start in FACTORS["start"]]
+    head = ["| start | mean | worst task |", "| :-- | --: | --: |"]
+    return head + [f"| {start} | {one['normalised']:.1f} | {one['worst']:.1f} |" for start, one in found if one]
+
+
+def table(found: Mapping[str, Mapping[str, tuple[float, float]]], words: str) -> list[str]:
+    lines = [f"Effect on the {words}, against the mean of all cells, with its 95 % interval:", ""]
+    lines += ["| factor | level | effect |", "| :-- | :-- | --: |"]
+    for factor, levels in found.items():
+        lines += [f"| {factor} | {level} | {value:+.1f} ± {half:.1f} |" for level, (value, half) in levels.items()]
+    return lines
+
+
+def rows(cells: Cells) -> list[str]:
+    lines = ["| start | objective | parametrisation | schedule | seed | mean | worst task | s |"]
+    lines += ["| :-- | :-- | :-- | :-- | --: | --: | --: | --: |"]
+    for one in sorted(cells, key=lambda one: -float(one["normalised"])):
+        cell = one["cell"]
+        lines.append(
+            f"| {cell['start']} | {cell['objective']} | {cell['parametrisation']} | {cell['schedule']} "
+            f"| {cell['seed']} "
+            f"| {one['normalised']:.1f} | {one['worst']:.1f} | {one['seconds']:.0f} |"
+        )
+    return lines
+
+
+def plot(found: Mapping[str, Mapping[str, tuple[float, float]]], title: str) -> str:
+    """Dots with whiskers, one line a level, factors apart."""
+    flat = [(factor, level, *value) for factor, levels in found.items() for level, value in levels.items()]
+    reach = max(abs(value) + half for _, _, value, half in flat) * 1.05
+    left, width, step = 190, 420, 20
+
+    def x(value: float) -> float:
+        return left + width * (value + reach) / (2 * reach)
+
+    parts, y, before = [], 40, ""
+    for factor, level, value, half in flat:
+        if factor != before:
+            y += 12
+            parts.append(f'<text x="8" y="{y + 4}" font-weight="600">{factor}</text>')
+            before = factor
+        parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{level}</text>')
+        low, high = x(value - half), x(value + half)
+        parts.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}" stroke="#5b7fa6"/>')
+        parts.append(f'<circle cx="{x(value):.1f}" cy="{y}" r="4" fill="#1f5fa8"/>')
+        parts.append(f'<text x="{left + width + 8}" y="{y + 4}">{value:+.1f}</text>')
+        y += step
+    axis = f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="40" y2="{y}" stroke="#999" stroke-dasharray="3 3"/>'
+    size = left + width + 60
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {y + 10}" width="{size}" '
+        f'font-family="system-ui, sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
+        f'<text x="8" y="20" font-size="14" font-weight="600">{title}</text>{axis}{"".join(parts)}</svg>\n'
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""CALM, joint: all tasks agree at once, in the span of their experts, from a spectral start."""
+
+from typing import Annotated
+
+from calmerge._run import Run
+from calmerge._signature import Count, Fraction, Interval, Positive, Seed, check, raise_together
+from calmerge._task_vectors import Merge, TaskVectors, materialise
+from calmerge._weights import Weights
+from calmerge.fitting.joint import Schedule, fit_jointly
+from calmerge.fitting.objectives import expert_kl
+from calmerge.fitting.parametrise import reach, span
+from calmerge.fitting.targets import expert_pools
+from calmerge.methods.tsv_m import tsv_m
+from calmerge.tasks.base import Tasks
+
+
+def calm_joint(
+    tvs: TaskVectors,
+    *,
+    tasks: Tasks,
+    inner: Merge | None = None,
+    steps: Annotated[int, Interval(0)] = 300,
+    lr: Positive = 0.03,
+    limit: Positive | None = 1.0,
+    batch: Count = 16,
+    balance: bool = True,
+    hold_out: Fraction = 0.2,
+    seed: Seed = 0,
+    run: Run | None = None,
+) -> Weights:
+    """A spectral merge moved, within reach of the experts, to where all of them agree with it at once.
+
+    theta = theta_0 + tau_s + clamp(u, -c, c) r,  r = sum_t |tau_t|, tau_s the start's merge, u = 0 at first;
+    minimise over u  sum_t (1 / L_t(0)) 4 KL(softmax(z_t(x) / 2) || softmax(z(x) / 2))  on unlabelled x of every task,
+    z_t the logits of the task's own expert and L_t(0) the task's loss at the start.
+
+    What it keeps of CALM: one model that all tasks consent to, frozen heads, unlabelled inputs, entries that no expert
+    moved stay the base's. What differs: no order of tasks, soft targets of the experts instead of hard labels, one
+    number for each entry instead of a mask for each task, and a start from which less is left to mend.
+
+    Args:
+        tvs: task vectors of T experts.
+        tasks: the model, its frozen heads, and unlabelled pools.
+        inner: the merge it starts from; TSV-Merge when None.
+        steps: updates with Adam at most; its step size falls to 0 along a cosine.
+        lr: the step size at first, in units of the reach r of every entry: no entry's scale decides.
+        limit: c, how far an entry may go in units of r; None bounds nothing.
+        batch: inputs of every task in each update.
+        balance: divide every task's loss by its value at the start.
+        hold_out: share of every pool on which, without labels, the best update is chosen; 0 takes the last.
+        seed: with the task and the update it decides which inputs are drawn.
+        run: progress, resumable state, and the trace.
+
+    Held in memory: theta, its gradient, the start, the reach, u and Adam's two moments: seven times the merged tensors,
+    eight with `hold_out`, whatever the number of experts.
+
+    Raises:
+        DataError: a task of `tvs` has no pool, or one too small for `hold_out`.
+        FitError: a loss is not finite.
+
+    >>> import inspect
+    >>> inspect.signature(calm_joint).parameters["limit"].default
+    1.0
+
+    Source: calmerge's own, after Yan, Xu, Jia, Zhang et al., "CALM: Consensus-Aware Localized Merging for Multi-Task
+    Learning", ICML 2025; its parts were chosen by the experiments in docs/experiments.
+    """
+    options = {"steps": steps, "lr": lr, "limit": limit, "batch": batch, "balance": balance, "hold_out": hold_out}
+    raise_together(check(calm_joint, {"tasks": tasks, "seed": seed, **options}))
+    tvs = tvs.to(tasks.device)
+    start = materialise((inner or tsv_m)(tvs))
+    return fit_jointly(
+        span(start, materialise(reach(tvs)), limit=limit),
+        expert_kl,
+        expert_pools(tvs, tasks, run=run),
+        Schedule(steps, lr, batch, balance, hold_out, seed),
+        tvs=tvs,
+        tasks=tasks,
+        run=run,
+        label="calm_joint",
+        key=f"{options}{seed}{tvs.fingerprint}{start.fingerprint}",
+    )
