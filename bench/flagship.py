@@ -1,12 +1,12 @@
 """The experiments that decide the flagship: cells of a factorial design, run one by one, kept, and summed up.
 
-    python bench/flagship.py run SUITE DESIGN --out docs/experiments     # goes on where it was interrupted
-    python bench/flagship.py report --out docs/experiments               # tables and effects of all finished cells
+    python bench/flagship.py SUITE DESIGN --out docs/experiments     # goes on where it was interrupted
+    python bench/flagship_report.py docs/experiments                 # tables and effects of all finished cells
 
 A cell is a start x an objective x a parametrisation x a schedule on one suite with one seed. Methods see the unlabelled
 pools alone; every figure of a design stands on the *validation* split, so that test is left for the league. DESIGN is
-one of the functions below: `pilot` (step sizes, by the held-out label-free loss), `factorial`, `pool`, `order`,
-`experts`, `heads`.
+one of the functions below: `pilot` (step sizes, by the held-out label-free loss), `factorial`, `confirm`, `references`,
+`levers`, `pool`.
 """
 
 import argparse
@@ -67,11 +67,14 @@ class Cell:
     lr: float | None = None
     balance: bool = True
     hold_out: float = 0.0
+    limit: float | None = None
+    bad_pool: str = ""
 
     @property
     def key(self) -> str:
         """Names the cell's file."""
-        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=6).hexdigest()
+        told = {k: v for k, v in asdict(self).items() if k not in ("limit", "bad_pool") or v}
+        return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 class Bench:
@@ -117,8 +120,8 @@ class Bench:
             elif cell.objective == "features":
                 features = self._target("features", task)[: cell.pool].flatten(1)
                 pool = Pool(pool.indices, torch.cat([logits, features], 1))
-            pools[task] = pool
-        return pools
+            pools[task] = _spoiled(pool, cell.bad_pool, first=task == names[0])
+        return {task: pool for task, pool in pools.items() if len(pool.indices)}
 
     def _run(self, cell: Cell) -> dict[str, Any]:
         started = time.perf_counter()
@@ -156,7 +159,7 @@ class Bench:
             return start
         objective = {"entropy": entropy, "hard": pseudo_label, "kl": expert_kl, "features": _kl_and_features}
         fitted = fit_jointly(
-            _parametrisation(cell.parametrisation, start, tvs),
+            _parametrisation(cell, start, tvs),
             objective[cell.objective],
             self.pools(cell, seen),
             Schedule(steps, cell.lr or LR[cell.parametrisation], cell.batch, cell.balance, cell.hold_out, cell.seed),
@@ -191,12 +194,25 @@ class Bench:
         return found
 
 
-def _parametrisation(name: str, start: StateDict, tvs: cm.TaskVectors) -> Parametrisation:
-    if name == "span":
-        return span(start, materialise(reach(tvs)))
-    if name == "offset":
+def _parametrisation(cell: Cell, start: StateDict, tvs: cm.TaskVectors) -> Parametrisation:
+    if cell.parametrisation == "span":
+        return span(start, materialise(reach(tvs)), limit=cell.limit)
+    if cell.parametrisation == "offset":
         return span(start, materialise(moved(tvs)))
-    return {"layers": layer_coefficients, "elements": element_coefficients, "masks": element_masks}[name](start, tvs)
+    shapes = {"layers": layer_coefficients, "elements": element_coefficients, "masks": element_masks}
+    return shapes[cell.parametrisation](start, tvs)
+
+
+def _spoiled(pool: Pool, how: str, *, first: bool) -> Pool:
+    """A pool in which every other class has one in ten of its examples (`imbalance`), or nothing of one task."""
+    if how == "missing" and first:
+        return Pool(pool.indices[:0], pool.targets[:0])
+    if how == "imbalance":
+        labels = pool.targets.argmax(1)
+        rare = labels % 2 == 1
+        keep = ~rare | (rare.cumsum(0) % 10 == 1)
+        return Pool(pool.indices[keep], pool.targets[keep])
+    return pool
 
 
 def _kl_and_features(outputs: Outputs, targets: Tensor) -> Tensor:
@@ -321,7 +337,34 @@ def t_quantile(degrees: int) -> float:
     return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
 
 
-DESIGNS = {"pilot": pilot, "factorial": factorial, "confirm": confirm, "references": references}
+FLAGSHIP = {"objective": "kl", "parametrisation": "span", "limit": 1.0, "hold_out": 0.2, "steps": 120}
+DISTILLATION = {**FLAGSHIP, "parametrisation": "offset", "limit": None}
+
+
+def levers(suite: str) -> Iterator[Cell]:
+    """What is left to choose once start, objective and schedule are: bounds, balance, and which weights move."""
+    for seed, balance in itertools.product(range(3), (True, False)):
+        for options in (FLAGSHIP, {**FLAGSHIP, "limit": None}, DISTILLATION):
+            yield Cell(suite, "tsv_m", seed=seed, balance=balance, **options)
+
+
+def pool(suite: str) -> Iterator[Cell]:
+    """Pools of 4 to 512 inputs a task, without one task's pool, and with classes 10 : 1."""
+    for options in (FLAGSHIP, DISTILLATION):
+        for n in (4, 16, 64, 256, 512):
+            yield Cell(suite, "tsv_m", pool=n, **options)
+        for bad in ("missing", "imbalance"):
+            yield Cell(suite, "tsv_m", bad_pool=bad, **options)
+
+
+DESIGNS = {
+    "pilot": pilot,
+    "factorial": factorial,
+    "confirm": confirm,
+    "references": references,
+    "levers": levers,
+    "pool": pool,
+}
 
 
 def main() -> None:
