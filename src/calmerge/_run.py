@@ -41,6 +41,7 @@ class Run:
         folder: where resumable work keeps its state; None keeps no state.
         progress: whom to tell.
         trace: what fitted methods leave behind (loss curves, masks' densities), as plain JSON values by method.
+        trained: how many numbers every fit moved, in turn.
 
     >>> run = Run()
     >>> with run.progress.track("merging", 3) as step:
@@ -52,7 +53,8 @@ class Run:
     folder: Path | None = None
     progress: Progress = field(default_factory=Silent)
     trace: dict[str, Any] = field(default_factory=dict)
+    trained: list[int] = field(default_factory=list)
 
     def within(self, name: str) -> "Run":
         """The same surroundings with the state kept in a sub-folder, so that two stages never share a file."""
-        return Run(self.folder / name if self.folder else None, self.progress, self.trace)
+        return Run(self.folder / name if self.folder else None, self.progress, self.trace, self.trained)

@@ -183,6 +183,9 @@ def bench(
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many seeds methods run with that draw.")] = 3,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Names with commas between; all if not given.")] = None,
+    transductive: Annotated[
+        bool, typer.Option("--transductive", help="Let methods that learn run once more, on the test inputs.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer tasks, one seed, fewer updates: a look only.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the report; bench-SUITE if not given.")] = None,
     quiet: Quiet = False,
@@ -190,8 +193,9 @@ def bench(
 ) -> None:
     """Example: calmerge bench text --methods ties,calm --seeds 1
 
-    Fetches or makes what the suite lacks, merges its experts with every method, and evaluates all on test data. Rows
-    that are finished are kept in the folder, and used again.
+    Fetches or makes what the suite lacks, merges its experts with every method, and evaluates all on test data. The
+    table goes to the terminal, to report.csv and to report.html. Rows that are finished are kept in the folder and used
+    again, so that a method added later runs alone.
     """
     from calmerge.league import run_bench
     from calmerge.suites.prepare import prepare
@@ -204,7 +208,15 @@ def bench(
     prepare(loaded, names, run=run)
     folder = out or Path(f"bench-{loaded.name}")
     report = run_bench(
-        loaded, methods=wanted, seeds=range(seeds), quick=quick, tasks=names, command=_command(), run=run, out=folder
+        loaded,
+        methods=wanted,
+        seeds=range(seeds),
+        transductive=transductive,
+        quick=quick,
+        tasks=names,
+        command=_command(),
+        run=run,
+        out=folder,
     )
     _show().report(report, folder, as_json=as_json)
 

@@ -1,12 +1,15 @@
 """The league: every method on one suite, under one protocol, in one report."""
 
+import gc
 import hashlib
 import json
+import logging
 import platform
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,11 @@ from typing import Any
 import torch
 
 from calmerge._checkpoint import sha256
-from calmerge._errors import CalmergeError, UsageError, did_you_mean
+from calmerge._entries import Entry, entries_of, filled
+from calmerge._errors import CalmergeError
 from calmerge._memory import peak_memory
-from calmerge._merged import Merged
-from calmerge._pipe import Surroundings, build_pipe, needs_tasks, read_pipe
+from calmerge._merged import Merged, storage
+from calmerge._pipe import Surroundings, build_pipe, read_pipe, walk
 from calmerge._run import Run
 from calmerge._save import hashes, versions
 from calmerge._signature import options_of
@@ -30,40 +34,10 @@ from calmerge.methods import METHODS
 from calmerge.report import results
 from calmerge.report.league import mean, normalised
 from calmerge.report.results import Protocol, Report, Row, Score, TaskInfo, Versions
+from calmerge.report.tables import csv_table
 from calmerge.report.traces import Trace
 from calmerge.suites.suite import Suite
-from calmerge.tasks.base import Tasks
-
-GRID = tuple(round(0.05 * i, 2) for i in range(1, 21))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the league: a method with its options.
-
-    Args:
-        method: its name in `METHODS`.
-        label: what tables call it.
-        tune: an option and the values to choose from by mean normalised accuracy on the validation splits.
-    """
-
-    method: str
-    label: str
-    tune: tuple[str, Sequence[float]] | None = None
-    options: Mapping[str, Data] = field(default_factory=dict)
-
-
-ENTRIES: Mapping[str, Entry] = {
-    "average": Entry("average", "Averaging"),
-    "task_arithmetic": Entry("task_arithmetic", "Task Arithmetic 0.3", options={"scale": 0.3}),
-    "task_arithmetic_tuned": Entry("task_arithmetic", "Task Arithmetic, tuned", tune=("scale", GRID)),
-    "ties": Entry("ties", "TIES"),
-    "dare": Entry("dare", "DARE"),
-    "adamerging": Entry("adamerging", "AdaMerging"),
-    "adamerging_pp": Entry("adamerging_pp", "AdaMerging++"),
-    "calm": Entry("calm", "CALM"),
-}
-"""The methods that `run_bench` compares when none are named, in the order of the table."""
+from calmerge.tasks.base import Split, Tasks
 
 
 def run_bench(
@@ -71,6 +45,7 @@ def run_bench(
     *,
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
+    transductive: bool = False,
     quick: bool = False,
     tasks: Sequence[str] | None = None,
     command: str | None = None,
@@ -81,17 +56,21 @@ def run_bench(
 
     Methods adapt on the tasks' unlabelled pools (or, where the suite says so, on the test inputs), numbers are chosen
     on validation splits, and the test split is read once for each finished model, after its last update.
-    Finished rows are kept in `out/rows` and used again, so that an interrupted bench goes on.
+    Finished rows are kept in `out/rows` and used again as long as what they were made of stays the same, so that an
+    interrupted bench goes on, and a method that is added, or given other options, runs alone. One that fails keeps its
+    reason in the report, stops nothing, and is tried again next time.
 
     Args:
         suite: its base, experts and data must be there (see `calmerge.suites.prepare`).
         methods: names of `ENTRIES` or of methods; all entries when None.
         seeds: for methods that draw.
+        transductive: let every method that learns run a second time on the test inputs, without their labels, in a
+            block of its own.
         quick: the first four tasks, the first seed, a quarter of the updates; a look, not a result.
         tasks: only these tasks.
         command: what the user typed, for the report.
         run: progress.
-        out: folder for rows, resumable state, `report.json` and `report.html`.
+        out: folder for rows, resumable state, `report.json`, `report.csv` and `report.html`.
 
     Raises:
         UsageError: an unknown method.
@@ -101,19 +80,22 @@ def run_bench(
     from calmerge.tasks.hf import open_suite
 
     run = run or Run()
-    entries = _entries(methods)
+    entries = entries_of(methods)
     names = list(tasks or suite.tasks)[: 4 if quick else None]
     seeds = list(seeds)[: 1 if quick else None]
     tvs, opened = open_suite(suite, names=names, run=run)
     league = _League(suite, tvs, opened, out, run, quick)
     skeleton = _report(suite, tvs, opened, seeds, quick, command)
     rows = league.references()
-    for entry in entries:
-        for seed in seeds if "seed" in options_of(METHODS[entry.method]) else [None]:
-            rows.append(league.row(entry, seed, experts=rows[1].scores))
-            results.dump(skeleton.model_copy(update={"rows": list(rows)}), out / "report.json")
     report = skeleton.model_copy(update={"rows": rows})
+    again = transductive and not suite.transductive
+    for entry in [*entries, *(_on_test(entry) for entry in entries if again and entry.learns)]:
+        for seed in seeds if entry.draws else [None]:
+            rows.append(league.row(entry, seed, experts=rows[1].scores))
+            report = skeleton.model_copy(update={"rows": list(rows)})
+            results.dump(report, out / "report.json")
     results.dump(report, out / "report.json")
+    results.write_text(out / "report.csv", csv_table(report))
     write_html(report, out / "report.html")
     return report
 
@@ -127,6 +109,10 @@ def merge_pipe(data: Data, *, tasks: Tasks | None = None, run: Run | None = None
     """
     steps = read_pipe(from_data(data, "merge"), [])
     return build_pipe(steps, METHODS, Surroundings(tasks, run, seed))
+
+
+def _on_test(entry: Entry) -> Entry:
+    return replace(entry, label=f"{entry.label} (transductive)", on_test=True)
 
 
 class _League:
@@ -144,125 +130,149 @@ class _League:
             logits = ((t, self.tasks.logits(self.tvs.expert(t), t, "test")) for t in self.tvs.tasks)
             return {t: self.tasks.score(scores, t, "test") for t, scores in logits}
 
+        size = self.tvs.base.nbytes
+        sizes = {"base": size, "experts": size * len(self.tvs.tasks)}
         rows = []
         for method, label, score in (("base", "Base", base), ("experts", "Experts", experts)):
-            kept = self._kept(method, None, {})
-            rows.append(kept or self._keep(Row(method=method, label=label, scores=score()), None, {}))
+            file = self._file(label, None, [method])
+            row = _kept(file) or _keep(Row(method=method, label=label, scores=score()), file)
+            rows.append(row.model_copy(update={"bytes_out": sizes[method], "per_task": method == "experts"}))
         return rows
 
     def row(self, entry: Entry, seed: int | None, *, experts: Mapping[str, Score]) -> Row:
         """One finished line, from the folder of rows where it is there already; a failed method keeps its reason."""
-        options = {**self._options(entry), **entry.options}
-        kept = self._kept(entry.label, seed, options)
+        pipe = filled(entry.merge, self.suite.methods, quick=self.quick)
+        transductive = entry.learns and (self.suite.transductive or entry.on_test)
+        split: results.Split = "transductive" if transductive else "inductive" if entry.learns else "none"
+        file = self._file(entry.label, seed, [pipe, entry.tune, split, _defaults(pipe)])
+        kept = _kept(file)
         if kept:
             return kept
-        try:
-            chosen, note = self._tuned(entry, options, experts)
-            row = self._measured(entry, chosen, seed, note)
-        except CalmergeError as e:
-            row = Row(
-                method=entry.method, label=entry.label, options=dict(options), seed=seed, status="failed", error=str(e)
-            )
-            return row
-        kept = self._keep(row, seed, options)
-        shutil.rmtree(self._state(entry.label, seed, row.options), ignore_errors=True)
-        return kept
-
-    def _measured(self, entry: Entry, options: Mapping[str, Data], seed: int | None, data: results.DataUse) -> Row:
-        run = Run(self._state(entry.label, seed, options), self.run.progress)
-        started = time.perf_counter()
-        with peak_memory() as peak:
-            delta = self._merge(entry.method, options, seed, run)
-            write(self._theta, self.tvs.base, delta)
-        seconds = time.perf_counter() - started
-        fitted = needs_tasks(METHODS[entry.method])
-        trace = next(iter(run.trace.values()), None)
-        return Row(
-            method=entry.method,
+        row = Row(
+            method=entry.name,
             label=entry.label,
-            options=dict(options),
+            options=_options(pipe),
             seed=seed,
-            scores=self.tasks.evaluate({n: w.detach() for n, w in self._theta.items()}, run=self.run),
-            seconds=seconds,
-            peak_bytes=peak.bytes,
-            data="unlabelled pool" if fitted else data,
-            split=("transductive" if self.suite.transductive else "inductive") if fitted else "none",
-            numbers_trained=_numbers(trace),
-            bytes_out=add(self.tvs.base, delta).nbytes,
-            trace=trace,
+            data="unlabelled pool" if entry.learns else "validation labels" if entry.tune else "none",
+            split=split,
+            per_task=entry.per_task,
         )
-
-    def _tuned(
-        self, entry: Entry, options: Mapping[str, Data], experts: Mapping[str, Score]
-    ) -> tuple[dict[str, Data], results.DataUse]:
-        """The options with the best value on validation, ties to the first."""
-        if not entry.tune:
-            return dict(options), "none"
-        name, values = entry.tune
-        reference = {t: s.accuracy for t, s in experts.items()}
-        best, found = -1.0, values[0]
-        with self.run.progress.track(f"choosing {name}", len(values), "value") as bar:
-            for value in values:
-                write(self._theta, self.tvs.base, self._merge(entry.method, {**options, name: value}, None, Run()))
-                scores = self.tasks.evaluate({n: w.detach() for n, w in self._theta.items()}, "validation")
-                level = mean(normalised({t: s.accuracy for t, s in scores.items()}, reference))
-                if level > best:
-                    best, found = level, value
-                bar.advance(1)
-        return {**options, name: found}, "validation labels"
-
-    def _merge(self, method: str, options: Mapping[str, Data], seed: int | None, run: Run) -> Weights:
-        pipe = merge_pipe([{method: dict(options)}], tasks=self.tasks, run=run, seed=seed)
-        delta: Weights | Merged = pipe(self.tvs)
-        if isinstance(delta, Merged):
-            raise UsageError(f"{method} gives a model for each task; merge with it, and score the folder with eval.")
-        return delta
-
-    def _options(self, entry: Entry) -> dict[str, Data]:
-        options = dict(self.suite.methods.get(entry.method, {}))
-        if self.quick and "steps" in options_of(METHODS[entry.method]):
-            steps = options.get("steps", options_of(METHODS[entry.method])["steps"].default)
-            options["steps"] = max(1, int(steps) // 4)  # type: ignore[arg-type]
-        return options
-
-    def _key(self, label: str, seed: int | None, options: Mapping[str, Data]) -> str:
-        content = json.dumps(
-            [label, seed, dict(options), self.suite.data["version"], list(self.tasks), self.tvs.fingerprint]
-        )
-        digest = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
-        return "-".join(
-            [label.lower().replace(" ", "-").replace(",", ""), *([str(seed)] if seed is not None else []), digest]
-        )
-
-    def _state(self, label: str, seed: int | None, options: Mapping[str, Data]) -> Path:
-        """Where a method keeps what it needs to go on after an interruption; gone when its row is finished."""
-        return self.out / "state" / self._key(label, seed, options)
-
-    def _kept(self, label: str, seed: int | None, options: Mapping[str, Data]) -> Row | None:
-        file = self.out / "rows" / f"{self._key(label, seed, options)}.json"
-        return Row.model_validate_json(file.read_text()) if file.is_file() else None
-
-    def _keep(self, row: Row, seed: int | None, options: Mapping[str, Data]) -> Row:
-        label = row.label if row.method not in results.REFERENCES else row.method
-        results.write_text(self.out / "rows" / f"{self._key(label, seed, options)}.json", row.model_dump_json())
+        state = self.out / "state" / file.stem
+        try:
+            chosen = self._tuned(entry, pipe, experts)
+            found = self._measured(chosen, seed, Run(state, self.run.progress), on_test=entry.on_test)
+        except Exception as e:  # one that fails must not take the others' work with it
+            logging.getLogger("calmerge").info("%s failed", entry.label, exc_info=True)
+            why = str(e) if isinstance(e, CalmergeError) else f"{type(e).__name__}: {e}"
+            return row.model_copy(update={"status": "failed", "error": why})
+        row = _keep(row.model_copy(update={"options": _options(chosen), **found}), file)
+        shutil.rmtree(state, ignore_errors=True)
         return row
 
+    def _measured(self, pipe: Sequence[Data], seed: int | None, run: Run, *, on_test: bool) -> dict[str, Any]:
+        """What a row says of one merge: scores, costs, and the curves of its fit."""
+        tasks = _adapting_on_test(self.tasks) if on_test else self.tasks
+        gc.collect()
+        started = time.perf_counter()
+        with peak_memory() as peak:
+            delta: Weights | Merged = merge_pipe(list(pipe), tasks=tasks, run=run, seed=seed)(self.tvs)
+        seconds, most = time.perf_counter() - started, [peak.bytes]
+        each = {t: delta.for_task(t) for t in self.tasks} if isinstance(delta, Merged) else {None: delta}
+        scores: dict[str, Score] = {}
+        for task, vector in each.items():
+            started = time.perf_counter()
+            with peak_memory() as peak:
+                write(self._theta, self.tvs.base, vector)
+            seconds, most = seconds + time.perf_counter() - started, [*most, peak.bytes]
+            scores |= self._scores([task] if task else list(self.tasks))
+        if isinstance(delta, Merged):
+            size = storage(delta, self.tvs.base, self.tvs.experts)["all"]
+        else:
+            size = add(self.tvs.base, delta).nbytes
+        trace: Trace | None = next(iter(run.trace.values()), None)
+        return {
+            "scores": scores,
+            "seconds": seconds,
+            "peak_bytes": max((found for found in most if found is not None), default=None),
+            "numbers_trained": sum(run.trained) or None,
+            "bytes_out": size,
+            "trace": trace,
+        }
 
-def _entries(methods: Sequence[str] | None) -> list[Entry]:
-    entries = []
-    for name in methods or ENTRIES:
-        if name not in ENTRIES and name not in METHODS:
-            raise UsageError(f"no method is called '{name}'. {did_you_mean(name, [*ENTRIES, *METHODS])}")
-        entries.append(ENTRIES.get(name, Entry(name, name)))
-    return entries
+    def _scores(self, names: Sequence[str], split: Split = "test") -> dict[str, Score]:
+        """Scores of the weights held now, for some tasks."""
+        theta = {n: w.detach() for n, w in self._theta.items()}
+        with self.run.progress.track("evaluating", len(names), "task") as bar:
+            scores = {}
+            for name in names:
+                scores[name] = self.tasks.score(self.tasks.logits(theta, name, split), name, split)
+                bar.advance(1, task=name)
+        return scores
+
+    def _tuned(self, entry: Entry, pipe: Sequence[Data], experts: Mapping[str, Score]) -> list[Data]:
+        """The pipe with the best value on validation, ties to the first."""
+        if not entry.tune:
+            return list(pipe)
+        name, values = entry.tune
+        reference = {t: s.accuracy for t, s in experts.items()}
+        best, found = -1.0, list(pipe)
+        with self.run.progress.track(f"choosing {name}", len(values), "value") as bar:
+            for value in values:
+                tried = _with(pipe, name, value)
+                write(self._theta, self.tvs.base, merge_pipe(tried, tasks=self.tasks)(self.tvs))
+                scores = self._scores(list(self.tasks), "validation")
+                level = mean(normalised({t: s.accuracy for t, s in scores.items()}, reference))
+                if level > best:
+                    best, found = level, tried
+                bar.advance(1)
+        return found
+
+    def _file(self, label: str, seed: int | None, made_of: Sequence[Any]) -> Path:
+        """Where a row is kept: named by a hash of all that decides it, and of nothing else."""
+        suite = [self.suite.data["version"], self.suite.data.get("model"), list(self.tasks), self.tvs.fingerprint]
+        content = json.dumps([seed, *made_of, *suite], default=str)
+        digest = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
+        words = re.sub("[^a-z0-9+]+", "-", label.lower()).strip("-")
+        return self.out / "rows" / f"{'-'.join([words, *([str(seed)] if seed is not None else []), digest])}.json"
 
 
-def _numbers(trace: Trace | None) -> int | None:
-    if trace is None:
-        return None
-    if trace.kind == "calm":
-        return sum(stage.entries for stage in trace.stages)
-    return sum(map(len, trace.coefficients.values)) if trace.coefficients else None
+def _kept(file: Path) -> Row | None:
+    return Row.model_validate_json(file.read_text()) if file.is_file() else None
+
+
+def _keep(row: Row, file: Path) -> Row:
+    results.write_text(file, row.model_dump_json())
+    return row
+
+
+def _options(pipe: Sequence[Data]) -> dict[str, Any]:
+    """A row's options: those of its method, or by method where it is a pipe."""
+    steps = {name: options for step in pipe if isinstance(step, dict) for name, options in step.items()}
+    (options, *more) = steps.values()
+    return dict(steps if more or not isinstance(options, dict) else options)
+
+
+def _defaults(pipe: Sequence[Data]) -> list[tuple[str, str, str]]:
+    """The options that the functions bring themselves: a row is made anew where one of them changes."""
+    steps = walk(read_pipe(from_data(list(pipe), "merge"), []), METHODS)
+    return [
+        (step.name, name, getattr(option.default, "__name__", None) or str(option.default))
+        for step in steps
+        for name, option in options_of(METHODS[step.name]).items()
+        if name not in step.options and not option.required
+    ]
+
+
+def _with(pipe: Sequence[Data], name: str, value: float) -> list[Data]:
+    """The pipe with one option of its first step set."""
+    (method, options), *_ = pipe[0].items()  # type: ignore[union-attr]
+    return [{method: {**options, name: value}}, *pipe[1:]]  # type: ignore[dict-item]
+
+
+def _adapting_on_test(tasks: Tasks) -> Tasks:
+    """The tasks with the test inputs as pools."""
+    found = {name: replace(task, pool=tasks.split(name, "test"), transductive=True) for name, task in tasks.items()}
+    return Tasks(tasks.model, found, batch=tasks.batch, device=tasks.device, autocast=tasks.autocast)
 
 
 def _report(
@@ -276,6 +286,7 @@ def _report(
     notes = ["Seeds decide which examples are drawn; the experts are the same for all."]
     if quick:
         notes.append("A quick look: fewer tasks, one seed, a quarter of the updates.")
+    notes += suite.notes
     return Report(
         title=suite.title,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -103,7 +103,7 @@ def test_transductive_numbers_are_stamped_so(report: Report) -> None:
     page = html_page(report.model_copy(update={"rows": rows}))
     assert "inductive + transductive" in page
     assert 'class="stamp transductive"' in page
-    assert "pool, transductive" in page
+    assert "test inputs" in page
 
 
 def test_empty_and_unevaluated_reports_make_pages(report: Report, tmp_path: Path) -> None:

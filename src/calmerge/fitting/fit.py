@@ -129,6 +129,7 @@ def fit(
     """
     run = run or Run()
     params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
+    run.trained.append(sum(p.numel() for p in params.values()))
     optim = optimizer(list(params.values()))
     rates = [group["lr"] for group in optim.param_groups]
     state = run.folder / f"{label.replace(' ', '-')}.state.pt" if run.folder else None

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from calmerge.report.results import REFERENCES, DataUse, Report, Row, Score, Split
+from calmerge.report.results import REFERENCES, DataUse, Heads, Report, Row, Score, Split
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class Standing:
         worst: the task of the lowest normalised accuracy (accuracy without experts), averaged over seeds.
         error: standard error of the mean from the sizes of the test splits.
         seconds, peak_bytes: mean seconds, highest peak.
+        numbers_trained, bytes_out: the largest of the runs.
+        data, split, per_task, heads: as in the rows.
         failures: the distinct reasons of failed runs.
     """
 
@@ -114,8 +116,12 @@ class Standing:
     error: float | None
     seconds: float | None
     peak_bytes: int | None
+    numbers_trained: int | None
+    bytes_out: int | None
     data: DataUse
     split: Split
+    per_task: bool
+    heads: Heads
     failures: tuple[str, ...]
 
     @property
@@ -123,9 +129,21 @@ class Standing:
         """Whether this is the base or the experts, which take no rank."""
         return self.method in REFERENCES
 
+    @property
+    def block(self) -> str:
+        """What it may be compared with: methods that give as many models, saw as little and have the same heads."""
+        if self.is_reference:
+            return "references"
+        parts = ["a model per task" if self.per_task else "one model"]
+        parts += ["transductive"] * (self.split == "transductive") + ["heads realigned"] * (self.heads != "frozen")
+        return ", ".join(parts)
+
 
 def standings(report: Report) -> list[Standing]:
-    """The league of a report: base, experts, then the methods from best to worst mean; failed ones last, in order.
+    """The league of a report: base, experts, then the methods block by block, from best to worst mean.
+
+    Blocks come from what asks least of its user to what asks most: one model, inductive, frozen heads first, a model
+    for each task last. Failed ones stand last in their block, in order.
 
     >>> report = Report(title="", created="2026-01-31", tasks=[{"name": "cars"}], rows=[
     ...     {"method": "ties", "label": "TIES", "scores": {"cars": {"accuracy": 0.5, "n": 10}}},
@@ -142,10 +160,11 @@ def standings(report: Report) -> list[Standing]:
     rows = sorted(report.rows, key=lambda row: order[row.label])
     lines = [_standing(report, list(group), accuracies) for _, group in groupby(rows, lambda row: row.label)]
 
-    def rank(line: Standing) -> tuple[int, float]:
+    def rank(line: Standing) -> tuple[bool | int | float, ...]:
         if line.is_reference:
-            return REFERENCES.index(line.method), 0.0
-        return (2, -line.mean.mean) if line.mean else (3, 0.0)
+            return (-1, REFERENCES.index(line.method))
+        block = (line.per_task, line.heads != "frozen", line.split == "transductive")
+        return (*block, line.mean is None, -line.mean.mean if line.mean else 0.0)
 
     return sorted(lines, key=rank)
 
@@ -170,9 +189,13 @@ def _standing(report: Report, rows: Sequence[Row], experts: Mapping[str, float] 
         worst=worst({task: value.mean for task, value in compared.items()}) if compared else None,
         error=spread([mean_error(row.scores) for row in scored]).mean if runs else None,
         seconds=_mean_known([row.seconds for row in done]),
-        peak_bytes=max((row.peak_bytes for row in done if row.peak_bytes is not None), default=None),
+        peak_bytes=_largest([row.peak_bytes for row in done]),
+        numbers_trained=_largest([row.numbers_trained for row in done]),
+        bytes_out=_largest([row.bytes_out for row in done]),
         data=rows[0].data,
         split=rows[0].split,
+        per_task=rows[0].per_task,
+        heads=rows[0].heads,
         failures=tuple(dict.fromkeys(row.error for row in rows if row.error)),
     )
 
@@ -182,6 +205,16 @@ def _mean_known(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
+def _largest(values: Sequence[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def ranked(report: Report) -> list[Standing]:
+    """The evaluated methods of the first block, which compete for the lead, from best to worst."""
+    lines = [line for line in standings(report) if line.mean and not line.is_reference]
+    return [line for line in lines if line.block == lines[0].block]
+
+
 def headline(report: Report) -> str:
     """One sentence: which method leads, by how much over the next, on which split.
 
@@ -189,20 +222,20 @@ def headline(report: Report) -> str:
     ...                                                          "platform": ""}))
     'No method has been evaluated.'
     """
-    ranked = [line for line in standings(report) if line.mean and not line.is_reference]
-    if not ranked or not ranked[0].mean or ranked[0].error is None:
+    lines = ranked(report)
+    if not lines or not lines[0].mean or lines[0].error is None:
         return "No method has been evaluated."
-    best, score, error = ranked[0], ranked[0].mean, ranked[0].error
+    best, score, error = lines[0], lines[0].mean, lines[0].error
     tasks = f"on average over {len(report.tasks)} tasks" if len(report.tasks) > 1 else f"on {report.tasks[0].name}"
     share = f", {100 * best.normalised_mean.mean:.1f} % of what the experts reach" if best.normalised_mean else ""
     asides = [best.split] * (best.split != "none") + [f"{score.n} seeds"] * (score.n > 1)
     sentence = f"{best.label} leads with {score} % accuracy {tasks}{share}"
     sentence += f" ({', '.join(asides)})" if asides else ""
-    if len(ranked) == 1 or not ranked[1].mean:
+    if len(lines) == 1 or not lines[1].mean:
         return sentence + "."
-    lead = score.mean - ranked[1].mean.mean
+    lead = score.mean - lines[1].mean.mean
     noise = "" if lead > error else f", less than the sampling error of {100 * error:.1f}"
-    return f"{sentence}: {100 * lead:.1f} points over {ranked[1].label}, the next best{noise}."
+    return f"{sentence}: {100 * lead:.1f} points over {lines[1].label}, the next best{noise}."
 
 
 def split_stamp(report: Report) -> str:

@@ -1,5 +1,5 @@
 "use strict";
-// Sorts the last body of a league (the methods; references stay on top). Cells without a number always come last.
+// Sorts the methods of a league, each block for itself (references stay on top). Cells without a number always come last.
 document.querySelectorAll("table.league thead button").forEach((button) => {
   const header = button.closest("th");
   button.addEventListener("click", () => {
@@ -19,7 +19,8 @@ document.querySelectorAll("table.league thead button").forEach((button) => {
       if (x === null || y === null) return (x === null) - (y === null);
       return (words ? x.localeCompare(y) : x - y) * (up ? 1 : -1);
     };
-    const body = table.tBodies[table.tBodies.length - 1];
-    [...body.rows].sort(compare).forEach((row) => body.append(row));
+    table.querySelectorAll("tbody.methods").forEach((body) => {
+      [...body.rows].sort(compare).forEach((row) => body.append(row));
+    });
   });
 });

@@ -17,6 +17,7 @@ from calmerge.report.traces import Count, Record, Share, Trace
 SCHEMA = 1
 Split = Literal["inductive", "transductive", "none"]
 DataUse = Literal["none", "unlabelled pool", "validation labels"]
+Heads = Literal["frozen", "realigned"]
 REFERENCES = ("base", "experts")
 
 
@@ -113,7 +114,7 @@ class Row(Record):
     """One run of one method with one seed. Rows with the same `label` are summarised together.
 
     Args:
-        method: name in the table of methods, or `base` / `experts` for the references.
+        method: name in the table of methods (joined by " + " for a pipe), or `base` / `experts` for the references.
         label: what tables print; unique per method and options.
         options: the options given.
         seed: the seed, or None if nothing random is in the method.
@@ -123,7 +124,9 @@ class Row(Record):
         data: what the method saw besides weights.
         split: the split on which the method's numbers stand.
         numbers_trained: how many numbers were fitted.
-        bytes_out: size of the written model.
+        bytes_out: size of what comes out, heads aside: the model, or with `per_task` all that the models are made of.
+        per_task: whether a model for each task comes out, so that one has to know the task of an input.
+        heads: `frozen` where each task keeps its expert's head, `realigned` where the merge came with heads of its own.
         status: `ok`, or `failed` with `error` saying why.
         trace: curves of a fitted method.
     """
@@ -139,6 +142,8 @@ class Row(Record):
     split: Split = "none"
     numbers_trained: Count | None = None
     bytes_out: Count | None = None
+    per_task: bool = False
+    heads: Heads = "frozen"
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
     trace: Trace | None = None

@@ -7,7 +7,7 @@ from itertools import groupby
 import yaml
 
 from calmerge.report.charts import coverage_chart, norm_chart, summary_chart, task_chart
-from calmerge.report.league import Standing, split_stamp, standings
+from calmerge.report.league import Standing, ranked, split_stamp, standings
 from calmerge.report.markup import Html, el, join
 from calmerge.report.results import Analysis, Report, Row
 from calmerge.report.svg import columns, curves, heat, log_histogram, short, strip, tensor_bars
@@ -20,6 +20,7 @@ from calmerge.report.tables import (
     WORST,
     Column,
     best_lines,
+    blocks,
     duration,
     percent,
     size,
@@ -52,13 +53,13 @@ def grid(*children: str, class_: str = "grid") -> Html:
 
 def tiles(report: Report) -> Html:
     """The numbers to remember: level, lead, worst task and cost of the leading method."""
-    ranked = [(line, line.mean) for line in standings(report) if line.mean and not line.is_reference]
-    if not ranked:
+    lines = [(line, line.mean) for line in ranked(report) if line.mean]
+    if not lines:
         return NOTHING
-    best, score = ranked[0]
+    best, score = lines[0]
     shown = [(percent((best.normalised_mean or score).mean), "%", f"{best.label}: {_of_what(best)}")]
-    if len(ranked) > 1:
-        next_best, after = ranked[1]
+    if len(lines) > 1:
+        next_best, after = lines[1]
         shown.append((f"+{100 * (score.mean - after.mean):.1f}", "points", f"mean accuracy over {next_best.label}"))
     if best.worst:
         shown.append((percent(best.worst[1]), "%", f"on its worst task, {best.worst[0]}"))
@@ -125,18 +126,35 @@ def league(report: Report) -> Html:
     shown = [LABEL, MEAN, NORMALISED, WORST, *task_columns(report), *COSTS, DATA]
     best = {column.title: best_lines(lines, column) for column in shown}
     head = el("tr", *(_heading(column, i) for i, column in enumerate(shown)))
-    bodies = [
-        el("tbody", *(_league_row(line, shown, best) for line in group), class_="references" if fixed else None)
-        for fixed, group in groupby(lines, lambda line: line.is_reference)
-    ]
+    bodies = []
+    several = len(blocks(lines)) > 1
+    for block, group in groupby(lines, lambda line: line.block):
+        if several and block != "references":
+            words = el("th", el("span", block), colspan=len(shown), scope="rowgroup")
+            bodies.append(el("tbody", el("tr", words), class_="block"))
+        rows = (_league_row(line, shown, best) for line in group)
+        bodies.append(el("tbody", *rows, class_="references" if block == "references" else "methods"))
     caption = el("caption", "Accuracy on test data, % ", _stamp(report), class_="figure-title")
     table = el("table", caption, el("thead", head), *bodies, class_="league")
     failures = [el("li", el("b", line.label), f" failed: {why}") for line in lines for why in line.failures]
     scroll = el("div", table, class_="scroll", tabindex=0, role="region", aria_label="League of methods")
-    notes = el("p", "± is the standard deviation over seeds; bold is best of the methods.", class_="caption")
+    notes = el("p", _league_words(several), class_="caption")
     return section(
         "League", scroll, notes, el("ul", *failures, class_="failures") if failures else NOTHING, id_="league"
     )
+
+
+def _league_words(several: bool) -> str:
+    words = (
+        "± is the standard deviation over seeds; bold is best of the methods. Trained: numbers that were fitted. Size:"
+        " bytes of what comes out, heads aside."
+    )
+    if several:
+        words += (
+            " Blocks are not compared with each other: a method that keeps something for each task has to be told the"
+            " task of every input, and a transductive one has seen the inputs that it is tested on."
+        )
+    return words
 
 
 def _stamp(report: Report) -> Html:

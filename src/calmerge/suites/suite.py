@@ -80,6 +80,7 @@ class Suite:
         heads: shell patterns of tensors that are kept per task although all have them in one shape.
         finetune: how experts are made; None if the file does not say.
         methods: options by method for the bench, where they are not the functions' defaults.
+        notes: sentences that every report prints.
         make: module whose `make(folder, run)` brings base and data; embedded suites only.
         transductive: the pools are made of the test inputs, which the suite states; stamped on every number.
         file: the YAML file.
@@ -98,6 +99,7 @@ class Suite:
     heads: Sequence[str] = ()
     finetune: "Finetune | None" = None
     methods: Mapping[str, Mapping[str, Data]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     make: str | None = None
     transductive: bool = False
     file: Path
@@ -345,6 +347,7 @@ def _keys_of_a_suite(
     heads: Sequence[str] = (),
     finetune: Any = None,
     methods: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
     make: str | None = None,
     transductive: bool = False,
 ) -> None:
