@@ -93,15 +93,18 @@ class Checkpoint(Weights):
         """
         file = self.files[number]
         try:
-            with file.open("rb", buffering=0) as f:
-                if _state(os.fstat(f.fileno())) != self._states[number]:
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                if _state(os.fstat(handle)) != self._states[number]:
                     raise CheckpointError(f"{file}: was changed while it was in use. {_AGAIN}")
                 rest = memoryview(data.numpy())  # type: ignore[arg-type]
                 while rest:
-                    got = os.preadv(f.fileno(), [rest], at)
+                    got = os.preadv(handle, [rest], at)
                     if not got:
                         raise CheckpointError(f"{file}: was cut short while it was in use. {_AGAIN}")
                     rest, at = rest[got:], at + got
+            finally:
+                os.close(handle)
         except OSError as e:
             raise CheckpointError(f"{file}: cannot be read any more ({e.strerror}). {_AGAIN}") from None
 
