@@ -49,16 +49,14 @@ def bernoulli(shape: tuple[int, ...], share: float | Tensor, *key: object, offse
     """
     n, first = torch.Size(shape).numel(), offset // 2
     halves = _mix32(_stream(key), first, (offset + n + 1) // 2 - first).view(np.uint16)[offset % 2 :][:n]
-    if isinstance(share, Tensor):
-        limits = share.cpu().reshape(-1).float().numpy() * np.float32(65536)
-        upper = limits.astype(np.int32)
-        lower = limits - upper
-    else:
-        limit = float(np.float32(share)) * 65536
-        upper, lower = int(limit), np.broadcast_to(limit % 1, n)  # type: ignore[assignment]
+    limits = np.multiply(
+        share.cpu().reshape(-1).numpy() if isinstance(share, Tensor) else share, 65536, dtype=np.float32
+    )
+    upper = np.minimum(limits, 65535).astype(np.uint16)
     true = halves < upper
     for i in np.flatnonzero(halves == upper):
-        true[i] = (_stream((*key, offset + int(i))) >> 48) < lower[i] * 65536
+        rest = (limits - upper) if limits.ndim == 0 else limits[i] - upper[i]
+        true[i] = (_stream((*key, offset + int(i))) >> 48) < rest * 65536
     return torch.from_numpy(true).reshape(shape)
 
 

@@ -25,7 +25,7 @@ def della(
     delta = lambda times the mean of tau_hat_t,p over the tasks with the sign s_p.
 
     Args:
-        tvs: task vectors of T experts. Whole tensors are held.
+        tvs: task vectors of T experts.
         rate: p, the mean share dropped, in [0, 1]; no default is published for all models, 0.5 is the middle.
         spread: epsilon, by how much the probabilities of smallest and largest entry differ; both must lie in [0, 1).
         scale: lambda.
@@ -59,7 +59,7 @@ def della_linear(
     delta = lambda sum_t MagPrune(tau_t); see `della`.
 
     Args:
-        tvs: task vectors of T experts. Whole tensors are held.
+        tvs: task vectors of T experts.
         rate: p, the mean share dropped, in [0, 1].
         spread: epsilon, by how much the probabilities of smallest and largest entry differ; both must lie in [0, 1).
         scale: lambda; see `task_arithmetic`.

@@ -10,6 +10,7 @@ from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.fuse import fuse
 from calmerge.pieces.largest import among, largest
+from calmerge.pieces.mask import masked
 from calmerge.pieces.per_model import FractionPerModel, PerModel, checked
 from calmerge.pieces.rescale import restore_l1
 
@@ -112,6 +113,6 @@ def keep_middle(tvs: TaskVectors, density: Sequence[float], gamma: Sequence[floa
         return [min(int(g * n) + int(d * n), n) for d, g in shares]
 
     def middle(tau: Tensor, large: Tensor, small: Tensor, site: Site) -> Tensor:
-        return tau.where(among(tau, small, site) & ~among(tau, large, site), 0.0)
+        return masked(tau, among(tau, small, site) & ~among(tau, large, site))
 
     return tvs.transform(middle, largest(tvs, top), largest(tvs, rest))

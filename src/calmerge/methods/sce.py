@@ -8,7 +8,9 @@ from calmerge._signature import KeepFraction, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.blend import averaged, per_task, summed
+from calmerge.pieces.fuse import agreement
 from calmerge.pieces.largest import among, largest
+from calmerge.pieces.mask import masked
 
 
 def sce(tvs: TaskVectors, *, select_topk: KeepFraction = 1.0) -> Weights:
@@ -73,8 +75,7 @@ def select_calculate_erase(tvs: TaskVectors, select_topk: float, *, floor: float
     def fused(tau: Tensor, square: Tensor, site: Site) -> Tensor:
         known = bool(square.sum() > 0) and bool(square.sum() >= floor)
         share = square / square.sum() if known else torch.full_like(square, 1 / len(square))
-        agrees = tau.sign() == torch.where(summed(tau) >= 0, 1.0, -1.0)
-        w = per_task(share, tau).where(agrees, 0.0)
+        w = per_task(share, tau) * agreement(tau)
         divisor = summed(w)
         return summed(tau * w) / (divisor.clamp(min=floor) if floor else divisor.where(divisor > 0, 1.0))
 
@@ -82,10 +83,10 @@ def select_calculate_erase(tvs: TaskVectors, select_topk: float, *, floor: float
 
 
 def _select(tvs: TaskVectors, share: float) -> TaskVectors:
-    variance = tvs.reduce(lambda tau, site: averaged((tau - averaged(tau)).square()))
-    varying = {n: total(variance.only_names([n]), lambda v: (v != 0).sum()) for n in variance}
+    variance = tvs.reduce(lambda tau, site: averaged((tau - averaged(tau)).square_()))
+    varying = {n: total(variance.only_names([n]), torch.count_nonzero) for n in variance}
     cut = largest(variance, lambda name, n: varying[name].map(lambda m: (m * share).floor()))
-    return tvs.transform(lambda tau, v, at, site: tau.where(among(v, at, site), 0.0), variance, cut)
+    return tvs.transform(lambda tau, v, at, site: masked(tau, among(v, at, site)), variance, cut)
 
 
 def _squares(block: Tensor) -> Tensor:

@@ -34,9 +34,8 @@ def fuse(tvs: TaskVectors, weight: Sequence[float], *, vote: bool, normalize: bo
         w = per_task(torch.tensor(weight), tau)
         weighted = tau * w
         if vote:
-            sign = torch.where(summed(weighted) >= 0, 1.0, -1.0)
-            agrees = weighted.sign() == sign
-            weighted, w = weighted.where(agrees, 0.0), w.where(agrees, 0.0)
+            agrees = agreement(weighted)
+            weighted, w = weighted * agrees, w * agrees
         result = summed(weighted)
         if normalize:
             divisor = summed(w)
@@ -45,3 +44,14 @@ def fuse(tvs: TaskVectors, weight: Sequence[float], *, vote: bool, normalize: bo
         return result if scale == 1 else result * scale
 
     return tvs.reduce(fused)
+
+
+def agreement(tau: Tensor) -> Tensor:
+    """1 where an entry has the sign of the sum over tasks, of which 0 counts as plus; 0 elsewhere, and where it is 0.
+
+    >>> agreement(torch.tensor([[1.0, -2.0, 0.0], [-1.0, 1.0, 0.0]]))
+    tensor([[1., 1., 0.],
+            [0., 0., 0.]])
+    """
+    sign = (summed(tau).sign() + 0.5).sign()
+    return (tau.sign() * sign).clamp(min=0)

@@ -1,14 +1,20 @@
 """The largest entries of every tensor, exactly as many as asked for, in any weights that can be read by rows."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from calmerge._measure import Measure, Pass, PerTensor, kth_magnitude
+from calmerge._measure import Fold, Measure, Pass, PerTensor, kth_magnitude
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
+from calmerge.pieces.mask import masked
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_GATHERED = 1 << 21  # indices taken along at most, over all tasks
 _HALF = 1 << 16
 _STEP = 2654435769  # 2^32 over the golden ratio, odd: i -> i * _STEP mod 2^32 is one to one and spreads its values
 Counts = Callable[[str, int], Sequence[int] | Measure]
@@ -19,11 +25,11 @@ def keep_largest(tvs: TaskVectors, counts: Counts) -> TaskVectors:
     """Task vectors with all but the largest entries of every tensor set to 0; see `largest` for `counts` and ties.
 
     >>> from calmerge import task_vectors
-    >>> tvs = task_vectors({"w": torch.zeros(4)}, {"a": {"w": torch.tensor([3.0, -1.0, 2.0, 0.5])}})
+    >>> tvs = task_vectors({"w": torch.zeros(4)}, {"a": {"w": torch.tensor([3.0, 1.0, -2.0, 0.5])}})
     >>> keep_largest(tvs, lambda name, n: [2])["w"]
-    tensor([[3., 0., 2., 0.]])
+    tensor([[ 3.,  0., -2.,  0.]])
     """
-    return tvs.transform(lambda tau, cut, site: tau.where(among(tau, cut, site), 0.0), largest(tvs, counts))
+    return tvs.transform(lambda tau, cut, site: masked(tau, among(tau, cut, site)), largest(tvs, counts))
 
 
 def largest(weights: Weights, counts: Counts) -> PerTensor:
@@ -50,17 +56,16 @@ def largest(weights: Weights, counts: Counts) -> PerTensor:
 
 def among(tensor: Tensor, cut: Tensor, site: Site) -> Tensor:
     """Whether each entry of a block is among the largest, by the `cut` of `largest`: [T, 2] for blocks [T, ...]."""
-    rows = tensor.reshape(len(cut), -1)
-    size, at = rows.abs(), cut[:, :1].to(tensor)
-    chosen = size > at
-    equal = size == at
-    if bool((cut[:, 1] < 1 << 32).any()):
-        index = torch.arange(site.offset, site.offset + rows.shape[1], device=tensor.device)
-        equal &= _spread(index) <= cut[:, 1:].to(tensor.device)
-    return (chosen | equal).reshape(tensor.shape)
+    size = tensor.detach().cpu().float().reshape(len(cut), -1).abs().numpy()
+    at, limit = cut[:, :1].cpu().float().numpy(), cut[:, 1].cpu().numpy()
+    chosen = size >= at
+    for t in np.flatnonzero(limit < 1 << 32):
+        equal = np.flatnonzero(size[t] == at[t])
+        chosen[t, equal[_spread(equal + site.offset) > limit[t]]] = False
+    return torch.from_numpy(chosen).reshape(tensor.shape).to(tensor.device)
 
 
-def _spread(index: Tensor) -> Tensor:
+def _spread(index: Array) -> Array:
     return (index * _STEP) & 0xFFFFFFFF
 
 
@@ -79,46 +84,75 @@ def _cut(weights: Weights, counts: Sequence[int] | Measure) -> Measure:
             return Measure((), lambda: _trivial(wanted(), n), passes=0)
         threshold = kth_magnitude(weights, [min(max(n + 1 - k, 1), n) for k in counts])
 
-    def counted(block: Tensor, at: Tensor, site: Site) -> Tensor:
-        size = block.reshape(tasks, -1).abs()
-        above = (size > at[:, None].to(size)).sum(1).cpu()
-        task, index = ((size == at[:, None].to(size)) & (size > 0)).nonzero(as_tuple=True)
-        bins = (task * _HALF + (_spread(index + site.offset) >> 16)).cpu()
-        return torch.cat([above[:, None], torch.bincount(bins, minlength=tasks * _HALF).reshape(tasks, _HALF)], 1)
-
-    def rounds() -> Generator[Pass, Tensor, Tensor]:
+    def rounds() -> Generator[Pass, Any, Tensor]:
         at, k = threshold.value(), wanted()
-        found = yield counted
-        left = k[:, None] - found[:, :1]  # how many of the equal ones stay
-        high, before = _bin_of(found[:, 1:], left)
-        limit = ((high + 1) << 16) - 1
-        if bool((before + _at(found[:, 1:], high) > left).any()):  # more than wanted in the last bin: look inside it
-
-            def inside(block: Tensor, at: Tensor, site: Site) -> Tensor:
-                size = block.reshape(tasks, -1).abs()
-                task, index = ((size == at[:, None].to(size)) & (size > 0)).nonzero(as_tuple=True)
-                key = _spread(index + site.offset).cpu()
-                task, key = (x[key >> 16 == high[task.cpu(), 0]] for x in (task.cpu(), key))
-                return torch.bincount(task * _HALF + (key & 0xFFFF), minlength=tasks * _HALF).reshape(tasks, _HALF)
-
-            low, _ = _bin_of((yield inside), left - before)
-            limit = (high << 16) + low
-        every = found[:, 1:].sum(1, keepdim=True) <= left
-        cut = torch.stack([at.double(), torch.where(every, 1 << 32, limit)[:, 0].double()], 1)
+        if not n:
+            return _whole(k, n)
+        left = np.zeros(tasks, np.int64)  # how many of the equal ones stay
+        limit = np.full(tasks, 1 << 32)
+        search = _Equal(tasks, at, dict.fromkeys(range(tasks), (0, 32)))
+        while search.within:
+            counted = yield Fold(search.part, search.add)
+            within = {}
+            for t, (first, width) in search.within.items():
+                above, keys, bins, _ = counted[t]
+                if width == 32:
+                    left[t] = k[t] - above
+                if keys is None:  # too many to take along: look inside the bin that holds the last one that stays
+                    running = bins.cumsum()
+                    if running[-1] > left[t]:
+                        at_bin = int(np.searchsorted(running, left[t]))
+                        left[t] -= running[at_bin] - bins[at_bin]
+                        within[t] = (first + (at_bin << (width - 16)), width - 16)
+                        limit[t] = within[t][0] + (1 << (width - 16)) - 1
+                else:
+                    found = np.concatenate(keys)
+                    if 0 < left[t] < len(found):
+                        limit[t] = np.partition(found, left[t] - 1)[left[t] - 1]
+            search = _Equal(tasks, at, {t: bits for t, bits in within.items() if bits[1]})
+        cut = torch.stack([at.double(), torch.from_numpy(limit).double()], 1)
         return torch.where(((k <= 0) | (k >= n))[:, None], _whole(k, n), cut)
 
-    return Measure((weights, threshold), rounds, passes=2)
+    return Measure((weights, threshold), rounds, passes=1)
 
 
-def _bin_of(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The first bin where the running count reaches what is wanted, and the count before it; both [T, 1]."""
-    running = counts.cumsum(1)
-    found = torch.searchsorted(running, wanted.to(running)).clamp(max=counts.shape[1] - 1)
-    return found, _at(running, found) - _at(counts, found)
+class _Equal:
+    """One pass: for each task how many entries lie above its threshold, and the spread indices of those at it.
 
+    Args:
+        tasks: T.
+        at: thresholds.
+        within: by task, the first spread index that counts, and of how many bits the range is that begins there.
+    """
 
-def _at(counts: Tensor, index: Tensor) -> Tensor:
-    return counts.gather(1, index)
+    def __init__(self, tasks: int, at: Tensor, within: Mapping[int, tuple[int, int]]) -> None:
+        self._tasks, self._at, self.within = tasks, at.float().numpy(), within
+
+    def part(self, block: Tensor, *others: Any) -> dict[int, tuple[int, Array]]:
+        """What one block has."""
+        size = block.detach().cpu().float().reshape(self._tasks, -1).abs().numpy()
+        found = {}
+        for t, (first, width) in self.within.items():
+            above = int(np.count_nonzero(size[t] > self._at[t]))
+            keys = np.flatnonzero(size[t] == self._at[t]) if self._at[t] > 0 else np.empty(0, np.int64)
+            keys = _spread(keys + others[-1].offset)
+            found[t] = above, keys if width == 32 else keys[(keys >= first) & (keys < first + (1 << width))]
+        return found
+
+    def add(self, so_far: dict[int, list[Any]] | None, part: dict[int, tuple[int, Array]]) -> dict[int, list[Any]]:
+        """What the blocks so far have, the indices as a list of arrays; once they are too many, as counts of bins."""
+        total = so_far or {t: [0, [], None, 0] for t in part}
+        for t, (above, keys) in part.items():
+            first, width = self.within[t]
+            total[t][0] += above
+            total[t][3] += len(keys)
+            if total[t][1] is not None:
+                total[t][1].append(keys)
+                if total[t][3] <= _GATHERED // self._tasks:
+                    continue
+                keys, total[t][1], total[t][2] = np.concatenate(total[t][1]), None, np.zeros(_HALF, np.int64)
+            np.add.at(total[t][2], (keys - first) >> (width - 16), 1)
+        return total
 
 
 def _trivial(wanted: Tensor, n: int) -> Generator[Pass, Tensor, Tensor]:

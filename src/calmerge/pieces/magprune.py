@@ -12,6 +12,7 @@ from calmerge._random import bernoulli
 from calmerge._signature import Fraction, Seed, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site
+from calmerge.pieces.mask import masked
 
 
 def magprune(
@@ -23,7 +24,7 @@ def magprune(
     p_r = p + epsilon/2 - epsilon r / (n - 1); what stays is divided by 1 - p_r, so that the mean over draws is tau.
 
     Args:
-        tvs: task vectors. Whole tensors are held.
+        tvs: task vectors.
         rate: p, the mean share dropped, in [0, 1].
         spread: epsilon, by how much the probabilities of the smallest and the largest entry differ, in [0, 1]; 0 drops
             all alike, which is DARE. rate - epsilon/2 and rate + epsilon/2 must lie in [0, 1).
@@ -75,6 +76,10 @@ def keep_by_rank(
     """
 
     def kept(tau: Tensor, site: Site) -> Tensor:
+        n = tvs.specs[site.name].numel
+        if tau.dim() == 2 and tau.shape[1] < n:  # a part of a vector, which is one row: rank in all of it
+            whole = kept(tvs.read(site.name), Site(site.name, 0))
+            return whole[:, site.offset : site.offset + tau.shape[1]]
         shape = tuple(tau.shape[1:])
         result = tau.clone()
         for t, task in enumerate(tvs.tasks):
@@ -85,12 +90,12 @@ def keep_by_rank(
             if not shape or shape[-1] == 1:
                 chance = torch.ones_like(chance)
             gone = bernoulli(shape, 1 - chance, seed, site.name, task, offset=site.offset).to(tau.device)
-            result[t] = torch.where(gone, 0.0, tau[t] / chance if rescale == "per_element" else tau[t])
+            result[t] = masked(tau[t] / chance if rescale == "per_element" else tau[t], ~gone)
             if rescale == "l1":
                 result[t] *= _l1(tau[t]) / (_l1(result[t]) or 1.0)
         return result
 
-    return tvs if all(d >= 1 for d in density) else tvs.transform(kept, elementwise=False)
+    return tvs if all(d >= 1 for d in density) else tvs.transform(kept, elementwise=rescale != "l1")
 
 
 def _l1(tensor: Tensor) -> float:
@@ -111,6 +116,6 @@ def ranks(tensor: Tensor) -> Tensor:
     keys = (rows.view(np.int32) & 0x7FFFFFFF).astype(np.int64) << 32  # magnitudes order like their bits
     keys |= np.arange(n)
     keys.sort(axis=1)  # of one machine word an entry: far quicker than sorting floats and carrying an index
-    found = np.empty(rows.shape, np.float32)
-    np.put_along_axis(found, keys & 0xFFFFFFFF, np.arange(n, dtype=np.float32)[None] / np.float32(max(1, n - 1)), 1)
-    return torch.from_numpy(found).reshape(tensor.shape)
+    line = torch.arange(n, dtype=torch.float32) / max(1, n - 1)
+    order = torch.from_numpy(keys & 0xFFFFFFFF)
+    return torch.empty(order.shape).scatter_(1, order, line.expand(order.shape)).reshape(tensor.shape)

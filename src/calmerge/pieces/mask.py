@@ -15,6 +15,17 @@ from calmerge._measure import kth_magnitude
 from calmerge._weights import ALL, Memo, Spec, Weights, row_size
 
 
+def masked(tensor: Tensor, mask: Tensor) -> Tensor:
+    """The entries of a finite tensor where the mask is true, and 0 elsewhere.
+
+    A product with bytes: to choose by booleans takes torch four times as long.
+
+    >>> masked(torch.tensor([1.0, 2.0]), torch.tensor([True, False]))
+    tensor([1., 0.])
+    """
+    return tensor * mask.view(torch.uint8)
+
+
 def top_fraction(weights: Weights, fraction: float) -> float:
     """The magnitude that only the largest entries of the model exceed: its k-th largest |w|, k = floor(fraction * N).
 
