@@ -100,7 +100,7 @@ def keep_middle(tvs: TaskVectors, density: Sequence[float], gamma: Sequence[floa
     """Task vectors without the largest and the smallest entries of every tensor.
 
     >>> import torch; from calmerge import task_vectors
-    >>> tvs = task_vectors({"w": torch.zeros(4)}, {"a": {"w": torch.tensor([9.0, 3.0, -2.0, 1.0])}})
+    >>> tvs = task_vectors({"w": torch.zeros(4)}, {"a": {"w": torch.tensor([9.0, 3.0, 2.0, 1.0])}})
     >>> keep_middle(tvs, [0.25], [0.25])["w"]
     tensor([[0., 3., 0., 0.]])
     """
