@@ -103,6 +103,7 @@ ENTRIES: Mapping[str, Entry] = {
     "localize_and_stitch": Entry("Localize-and-Stitch", "localize_and_stitch"),
     "prodistill": Entry("ProDistill", "prodistill"),
     "calm": Entry("CALM", "calm"),
+    "calm_joint": Entry("CALM, joint", "calm_joint"),
     "distillation": Entry("Distillation", "distillation"),
     "distillation_tsv_m": Entry("Distillation, TSV-M", {"distillation": {"inner": "tsv_m"}}),
     "distillation_iso_c": Entry("Distillation, Iso-C", {"distillation": {"inner": "iso_c"}}),

@@ -165,3 +165,22 @@ def test_page_in_chromium(report: Report, tmp_path: Path, width: int) -> None:
     *ranked, failed = seen["first"][1]
     assert seen["second"][1] == [*reversed(ranked), failed]  # what has no number stays last
     assert failed == "DARE on TIES (failed)"
+
+
+def test_methods_of_several_blocks_are_ranked_apart(report: Report) -> None:
+    rows = [row.model_copy(update={"per_task": True}) if row.label == "CALM" else row for row in report.rows]
+    mixed = report.model_copy(update={"rows": rows})
+    page = html_page(mixed)
+    assert page.count('<tbody class="block">') == 2
+    assert page.count('<tbody class="methods">') == 2
+    assert "CALM leads" not in page  # the best one, but it competes with none of the others
+    assert "CALM leads" in html_page(report)
+    assert 'class="block"' not in html_page(report)
+    assert "What time buys" in page
+
+
+def test_many_fits_are_folded(report: Report) -> None:
+    fitted = next(row for row in report.rows if row.label == "AdaMerging")
+    more = [fitted.model_copy(update={"label": f"Fit {i}"}) for i in range(5)]
+    page = html_page(report.model_copy(update={"rows": [*report.rows, *more]}))
+    assert "<summary>Fit 3</summary>" in page

@@ -53,3 +53,25 @@ def test_unevaluated_merge_makes_a_table_too(report: Report) -> None:
     bare = report.model_copy(update={"tasks": [], "rows": [report.rows[2].model_copy(update={"scores": {}})]})
     assert "Averaging" in shown(bare, 80)
     assert markdown_table(bare).count("Averaging") == 1
+
+
+def test_forty_rows_are_one_line_each_at_120_columns(report: Report) -> None:
+    row = next(row for row in report.rows if row.label == "CALM")
+    names = [f"Localize-and-Stitch {i}" for i in range(40)]
+    more = [row.model_copy(update={"label": name, "bytes_out": 14_573_776, "trace": None}) for name in names]
+    text = shown(report.model_copy(update={"rows": [*report.rows[:2], *more]}), 120)
+    summary = text.split("Per task")[0].strip().splitlines()
+    assert len(summary) == 2 + 2 + 40
+    assert max(map(len, summary)) <= 120
+
+
+def test_costs_and_sizes_are_in_the_table(report: Report) -> None:
+    heads = next(line for line in shown(report, 200).splitlines() if line.startswith("method"))
+    assert heads.split()[-5:] == ["time", "peak", "trained", "size", "data"]
+
+
+def test_csv_tells_the_worst_task(report: Report) -> None:
+    lines = list(csv.DictReader(io.StringIO(csv_table(report))))
+    experts, calm = (next(line for line in lines if line["label"] == label) for label in ("Experts", "CALM"))
+    ratios = {task.name: float(calm[task.name]) / float(experts[task.name]) for task in report.tasks}
+    assert float(calm["worst"]) == min(ratios.values()) == ratios[calm["worst_task"]]

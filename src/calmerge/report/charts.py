@@ -8,6 +8,7 @@ from calmerge.report.league import Standing, split_stamp, standard_error, standi
 from calmerge.report.markup import Html, el, join
 from calmerge.report.results import Report
 from calmerge.report.svg import chart, clip, dot, line, rect, text, text_width, ticks
+from calmerge.report.tables import blocks, duration
 from calmerge.report.traces import Coverage
 
 ROW = 19.0  # height of a method's line
@@ -26,12 +27,18 @@ def summary_svg(report: Report, *, width: float = 640) -> str:
 def summary_chart(report: Report, *, width: float = 420, stamp: str = "") -> Html:
     """The drawing of `summary_svg`, without colours of its own; `stamp` is printed beside what is measured."""
     lines = [line_ for line_ in standings(report) if line_.mean and line_.method != "experts"]
-    lines = sorted((found for found in lines if math.isfinite(_level(found))), key=lambda found: -_level(found))
+    found_blocks = blocks(lines)
+    order = {block: i for i, block in enumerate(["references", *found_blocks])}
+    lines = sorted(
+        (found for found in lines if math.isfinite(_level(found))),
+        key=lambda found: (max(1, order[found.block]), -_level(found)),  # the base stands among the first
+    )
     names = min(0.4 * width, max((text_width(found.label) for found in lines), default=0) + 8)
     left, right, top = names + 4, width - 112, 26.0
     worsts = [found.worst[1] for found in lines if found.worst and not found.is_reference]
     low, high = _range([_level(found) for found in lines] + worsts, bool(lines and lines[0].normalised_mean))
-    bottom = top + ROW * 1.25 * len(lines)
+    heads = len(found_blocks) if len(found_blocks) > 1 else 0
+    bottom = top + ROW * 1.25 * (len(lines) + heads)
 
     def place(value: float) -> float:
         return left + (right - left) * (value - low) / (high - low)
@@ -43,9 +50,13 @@ def summary_chart(report: Report, *, width: float = 420, stamp: str = "") -> Htm
     for tick in ticks(low, high, 4):
         parts += [line(place(tick), top, place(tick), bottom)]
         parts += [text(place(tick), bottom + 15, f"{100 * tick:g}", "tick", "middle")]
+    leader, shown = _leader(lines), 0
     for i, found in enumerate(lines):
-        y = top + ROW * 1.25 * (i + 0.5)
-        style = "ref" if found.is_reference else "accent" if found.label == _leader(lines) else "plain"
+        if heads and shown < max(1, order[found.block]):
+            parts.append(text(4, top + ROW * 1.25 * (i + shown + 0.5) + 6, found_blocks[shown], "note strong"))
+            shown += 1
+        y = top + ROW * 1.25 * (i + shown + 0.5)
+        style = "ref" if found.is_reference else "accent" if found.label == leader else "plain"
         score, score_text = _level(found), f"{100 * _level(found):.1f}"
         strong = " strong" if style == "accent" else ""
         parts.append(text(left - 8, y + 4, clip(found.label, names), "label" + strong, "end"))
@@ -68,8 +79,57 @@ def _level(found: Standing) -> float:
 
 
 def _leader(lines: Sequence[Standing]) -> str | None:
+    """The best of the first block."""
     methods = [found for found in lines if found.mean and not found.is_reference]
+    methods = [found for found in methods if found.block == blocks(methods)[0]]
     return max(methods, key=lambda found: found.mean.mean if found.mean else 0).label if methods else None
+
+
+def cost_chart(report: Report, *, width: float = 420, height: float = 300) -> Html:
+    """What time buys: a disc per method, seconds (a logarithmic axis) against the mean.
+
+    Named are those of the first block that no other one beats in both; the rest say who they are when pointed at.
+    """
+    known = [found for found in standings(report) if found.seconds and math.isfinite(_level(found))]
+    lines = [found for found in known if not found.is_reference]
+    if len(lines) < 2:
+        return Html("")
+    first = blocks(lines)[0]
+    low, high = _range([_level(found) for found in lines], lines[0].normalised_mean is not None)
+    times = [found.seconds or 1 for found in lines]
+    start, end = math.floor(math.log10(min(times))), math.ceil(math.log10(max(times)) + 1e-9)
+    left, right, top, bottom = 34.0, width - 14, 26.0, height - 34
+
+    def at(found: Standing) -> tuple[float, float]:
+        share = (math.log10(found.seconds or 1) - start) / max(1, end - start)
+        return left + (right - left) * share, bottom - (bottom - top) * (_level(found) - low) / (high - low)
+
+    parts = [text(4, 14, "% of the experts' accuracy" if lines[0].normalised_mean else "accuracy, %", "note")]
+    for tick in ticks(low, high, 5):
+        y = bottom - (bottom - top) * (tick - low) / (high - low)
+        parts += [line(left, y, right, y), text(left - 6, y + 4, f"{100 * tick:g}", "tick", "end")]
+    for power in range(start, end + 1):
+        x = left + (right - left) * (power - start) / max(1, end - start)
+        parts += [line(x, top, x, bottom), text(x, bottom + 15, f"{10.0**power:g} s", "tick", "middle")]
+    taken: list[tuple[float, float]] = []
+    for found in sorted(lines, key=lambda found: -_level(found)):
+        x, y = at(found)
+        best = found.block == first and not any(
+            other.block == first and (other.seconds or 0) < (found.seconds or 0) and _level(other) >= _level(found)
+            for other in lines
+        )
+        style = "accent" if best else "plain" if found.block == first else "ring"
+        hover = f"{found.label}: {100 * _level(found):.1f} in {duration(found.seconds)} ({found.block})"
+        parts.append(dot(x, y, style, hover, r=4.5))
+        if best and all(abs(y - other) > 13 or abs(x - across) > 150 for across, other in taken):
+            taken.append((x, y))
+            over = x + 8 + text_width(found.label) > right
+            parts.append(text(x - 8 if over else x + 8, y + 4, found.label, "name", "end" if over else "start"))
+    parts.append(text(right, height - 4, "time to merge", "note", "end"))
+    label = "Mean against time: " + ", ".join(
+        f"{f.label} {100 * _level(f):.1f} in {duration(f.seconds)}" for f in lines
+    )
+    return chart(width, height, label, *parts)
 
 
 def _range(values: Sequence[float], with_expert: bool) -> tuple[float, float]:

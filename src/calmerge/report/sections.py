@@ -6,7 +6,7 @@ from itertools import groupby
 
 import yaml
 
-from calmerge.report.charts import coverage_chart, norm_chart, summary_chart, task_chart
+from calmerge.report.charts import cost_chart, coverage_chart, norm_chart, summary_chart, task_chart
 from calmerge.report.league import Standing, ranked, split_stamp, standings
 from calmerge.report.markup import Html, el, join
 from calmerge.report.results import Analysis, Report, Row
@@ -29,6 +29,8 @@ from calmerge.report.tables import (
 from calmerge.report.traces import CalmStage, CalmTrace, Coefficients, Coverage, FitTrace
 
 NOTHING = Html("")
+UNFOLDED = 4
+"""So many fits stand open on the page."""
 
 
 def section(title: str, *children: str, id_: str) -> Html:
@@ -93,12 +95,18 @@ def overview(report: Report) -> Html:
     ]
     drawing = figure(
         "Mean over tasks, and worst task",
-        summary_chart(report),
+        summary_chart(report, width=560),
         "Disc: mean over tasks of accuracy divided by the accuracy of the task's own expert. Ring: the lowest of them.",
         stamp=split_stamp(report),
     )
     how = el("div", el("h3", "How it was measured"), description(facts), *map(_paragraph, protocol.notes))
-    return section("Result", grid(drawing, how), id_="result")
+    costs = cost_chart(report)
+    words = (
+        "A disc per method; coloured and named are those than which none is both faster and better. Rings: methods of"
+        " other blocks of the league. Point at one for its name."
+    )
+    price = figure("What time buys", costs, words, stamp=split_stamp(report)) if costs else NOTHING
+    return section("Result", grid(drawing, el("div", how, price)), id_="result")
 
 
 def _paragraph(words: str) -> Html:
@@ -253,15 +261,16 @@ def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
 
 
 def fits(report: Report) -> Html:
-    """How the fitted methods went: the first seed of each in full, further seeds folded away."""
+    """How the fitted methods went: the first seed of each in full, or folded where there are many; others folded."""
+    fitted = [line for line in standings(report) if any(row.trace for row in line.rows)]
     found = []
-    for line in standings(report):
-        if not (rows := [row for row in line.rows if row.trace]):
-            continue
-        label, first, *more = line.label, *rows
-        found.append(el("h3", _run_name(label, first)))
-        found.append(_trace(report, first))
-        found += [el("details", el("summary", _run_name(label, row)), _trace(report, row)) for row in more]
+    for line in fitted:
+        label, first, *more = line.label, *(row for row in line.rows if row.trace)
+        folded = [el("details", el("summary", _run_name(label, row)), _trace(report, row)) for row in more]
+        if len(fitted) > UNFOLDED:
+            found.append(el("details", el("summary", label), _trace(report, first), *folded))
+        else:
+            found += [el("h3", _run_name(label, first)), _trace(report, first), *folded]
     return section("Inside the fits", *found, id_="fits") if found else NOTHING
 
 
