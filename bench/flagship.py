@@ -282,6 +282,19 @@ def confirm(suite: str) -> list[Cell]:
     return factorial(suite, runs=12, factors=CONFIRM)
 
 
+HALVED: Mapping[str, tuple[str, ...]] = {
+    "start": ("ta", "average", "tsv_m", "iso_c", "cart"),
+    "objective": ("hard", "kl", "features"),
+    "parametrisation": ("layers", "masks", "elements", "span", "offset"),
+    "schedule": ("sequential", "joint"),
+}
+
+
+def halved(suite: str) -> list[Cell]:
+    """A second fraction, without the levels that the first one showed to collapse (entropy, WUDI's start)."""
+    return factorial(suite, runs=20, factors=HALVED)
+
+
 def references(suite: str) -> Iterator[Cell]:
     """The starts alone."""
     for start in FACTORS["start"]:
@@ -361,6 +374,7 @@ def pool(suite: str) -> Iterator[Cell]:
 DESIGNS = {
     "pilot": pilot,
     "factorial": factorial,
+    "halved": halved,
     "confirm": confirm,
     "references": references,
     "levers": levers,
