@@ -79,7 +79,7 @@ def test_the_recipe_is_valid_and_runs(checkpoints: Path) -> None:
 
 
 def test_every_command_exists() -> None:
-    verbs = set(re.findall(r"(?:`|&& |# )calmerge (\w+)", README))
+    verbs = set(re.findall(r"(?:`|&& |# )calmerge ([\w-]+)", README))
     known = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
     assert {"demo", "bench", "merge"} < verbs <= known
 
