@@ -12,6 +12,7 @@ import pytest
 from calmerge.report.charts import summary_svg
 from calmerge.report.html import html_page, write_html
 from calmerge.report.results import Report, Versions
+from calmerge.report.traces import FitTrace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -182,5 +183,7 @@ def test_methods_of_several_blocks_are_ranked_apart(report: Report) -> None:
 def test_many_fits_are_folded(report: Report) -> None:
     fitted = next(row for row in report.rows if row.label == "AdaMerging")
     more = [fitted.model_copy(update={"label": f"Fit {i}"}) for i in range(5)]
+    more.append(fitted.model_copy(update={"label": "Statistics", "trace": FitTrace(loss=[])}))
     page = html_page(report.model_copy(update={"rows": [*report.rows, *more]}))
     assert "<summary>Fit 3</summary>" in page
+    assert "<summary>Statistics</summary>" not in page  # nothing to draw

@@ -110,7 +110,10 @@ def cost_chart(report: Report, *, width: float = 420, height: float = 300) -> Ht
         parts += [line(left, y, right, y), text(left - 6, y + 4, f"{100 * tick:g}", "tick", "end")]
     for power in range(start, end + 1):
         x = left + (right - left) * (power - start) / max(1, end - start)
-        parts += [line(x, top, x, bottom), text(x, bottom + 15, f"{10.0**power:g} s", "tick", "middle")]
+        parts += [
+            line(x, top, x, bottom),
+            text(x, bottom + 15, f"{10.0**power:g} s", "tick", "end" if power == end else "middle"),
+        ]
     taken: list[tuple[float, float]] = []
     for found in sorted(lines, key=lambda found: -_level(found)):
         x, y = at(found)

@@ -262,16 +262,21 @@ def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
 
 def fits(report: Report) -> Html:
     """How the fitted methods went: the first seed of each in full, or folded where there are many; others folded."""
-    fitted = [line for line in standings(report) if any(row.trace for row in line.rows)]
+    fitted = [line for line in standings(report) if any(_has_curves(row.trace) for row in line.rows)]
     found = []
     for line in fitted:
-        label, first, *more = line.label, *(row for row in line.rows if row.trace)
+        label, first, *more = line.label, *(row for row in line.rows if _has_curves(row.trace))
         folded = [el("details", el("summary", _run_name(label, row)), _trace(report, row)) for row in more]
         if len(fitted) > UNFOLDED:
             found.append(el("details", el("summary", label), _trace(report, first), *folded))
         else:
             found += [el("h3", _run_name(label, first)), _trace(report, first), *folded]
     return section("Inside the fits", *found, id_="fits") if found else NOTHING
+
+
+def _has_curves(trace: CalmTrace | FitTrace | None) -> bool:
+    """Whether there is anything to draw; statistics of activations leave a trace without."""
+    return bool(trace.loss or trace.coefficients) if isinstance(trace, FitTrace) else trace is not None
 
 
 def _run_name(label: str, row: Row) -> str:
