@@ -176,6 +176,10 @@ TABLE = {
     "regmean": Row({"examples": 12}, scales=False, learns=True, random=True, rounds=True),
     "regmean_pp": Row({"examples": 12}, scales=False, learns=True, random=True, rounds=True),
     "sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
+    "searched": Row(
+        {"space": {"task_arithmetic.scale": [0.1, 1.0]}, "budget": 3}, scales=False,
+        single=None, learns=True, random=True,
+    ),
     "self_positioning": Row(
         {"steps": 2, "batch": 2}, scales=False, single=({"batch": 2}, 1.0), learns=True, random=True
     ),

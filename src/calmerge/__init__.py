@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from calmerge.methods.regmean import regmean as regmean
     from calmerge.methods.regmean import regmean_pp as regmean_pp
     from calmerge.methods.sce import sce as sce
+    from calmerge.methods.searched import searched as searched
     from calmerge.methods.self_positioning import self_positioning as self_positioning
     from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.svc import svc as svc
@@ -182,6 +183,7 @@ _HOME = {
     "save": "_save",
     "save_adapter": "_save_adapter",
     "sce": "methods.sce",
+    "searched": "methods.searched",
     "self_positioning": "methods.self_positioning",
     "slerp": "methods.slerp",
     "svc": "methods.svc",

@@ -251,21 +251,24 @@ def _open(recipe: Recipe, run: Run) -> "tuple[TaskVectors, Tasks | None]":
 
 def _report(recipe: Recipe, tvs: TaskVectors, run: Run, command: str | None, *, seconds: float) -> "Report":
     from calmerge.report import results
+    from calmerge.report.traces import SearchTrace
 
     names = [step.name for step in recipe.merge] or ["stack"]
     last = recipe.merge[-1].to_data() if recipe.merge else recipe.to_dict()
     options = last[names[-1]] if isinstance(last, dict) else {}
     learns = recipe.needs_tasks()
     transductive = recipe.tasks is not None and recipe.tasks.transductive
+    trace = next(iter(run.trace.values()), None)
+    labelled = isinstance(trace, SearchTrace) and trace.labelled
     row = results.Row(
         method=names[-1],
         label=" > ".join(names),
         options=options if isinstance(options, dict) else {"cases": options},
         seed=recipe.seed,
         seconds=seconds,
-        data="unlabelled pool" if learns else "none",
+        data="validation labels" if labelled else "unlabelled pool" if learns else "none",
         split=("transductive" if transductive else "inductive") if learns else "none",
-        trace=next(iter(run.trace.values()), None),
+        trace=trace,
     )
     return results.Report(
         title=f"{', '.join(tvs.tasks) or Path(recipe.file).stem}: merged with {row.label}",

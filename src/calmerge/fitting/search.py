@@ -312,7 +312,8 @@ class _Journal:
         if self._known[number].values != values:
             raise UsageError(
                 f"{self._path}: trial {number + 1} tried {dict(self._known[number].values)}, and would now try "
-                f"{dict(values)}: another version of optuna, or another budget of nsga2 or nsga3. Delete the file to search anew."
+                f"{dict(values)}: another version of optuna, or another budget of nsga2 or nsga3. "
+                "Delete the file to search anew."
             )
         return self._known[number]
 

@@ -70,6 +70,7 @@ _HOME = {
     "regmean": "methods.regmean",
     "regmean_pp": "methods.regmean",
     "sce": "methods.sce",
+    "searched": "methods.searched",
     "self_positioning": "methods.self_positioning",
     "slerp": "methods.slerp",
     "svc": "methods.svc",

@@ -1,5 +1,6 @@
 """The parts of the page: every function turns one part of a report into markup, or an empty part into nothing."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -26,7 +27,7 @@ from calmerge.report.tables import (
     size,
     task_columns,
 )
-from calmerge.report.traces import CalmStage, CalmTrace, Coefficients, Coverage, FitTrace
+from calmerge.report.traces import CalmStage, CalmTrace, Coefficients, Coverage, FitTrace, SearchTrace
 
 NOTHING = Html("")
 UNFOLDED = 4
@@ -290,7 +291,21 @@ def _trace(report: Report, row: Row) -> Html:
             return join(*calm(trace, stamp))
         case FitTrace() as trace:
             return fit(trace, stamp)
+        case SearchTrace() as trace:
+            return searched(trace, stamp)
     return NOTHING
+
+
+def searched(trace: SearchTrace, stamp: str) -> Html:
+    """A search: the best score after every trial, and what was taken."""
+    best = list(
+        itertools.accumulate((sum(t.scores) / len(t.scores) if t.scores else -math.inf for t in trace.trials), max)
+    )
+    drawing = curves({"best": [b for b in best if math.isfinite(b)]}, label="Best score so far", x_title="trial")
+    source = "labelled validation split" if trace.labelled else "unlabelled pools"
+    taken = ", ".join(f"{name} = {value}" for name, value in trace.trials[trace.best].values.items())
+    words = f"{trace.strategy}, {len(trace.trials)} trials, score {trace.score} on the {source}. Taken: {taken}."
+    return figure("Search", drawing, words, stamp=stamp)
 
 
 def calm(trace: CalmTrace, stamp: str) -> Iterator[Html]:

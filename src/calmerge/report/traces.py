@@ -151,4 +151,27 @@ class FitTrace(Record):
     coefficients: Coefficients | None = None
 
 
-Trace = Annotated[CalmTrace | FitTrace, Field(discriminator="kind")]
+class Tried(Record):
+    """One trial of a search; no scores where they could not be told."""
+
+    values: dict[str, bool | int | float | str]
+    scores: list[float] | None
+
+
+class SearchTrace(Record):
+    """What a search tried, in turn, and which trial was taken.
+
+    >>> tried = Tried(values={"ties.keep": 0.2}, scores=[-0.1])
+    >>> SearchTrace(score="expert_kl", strategy="tpe", trials=[tried], best=0).labelled
+    False
+    """
+
+    kind: Literal["search"] = "search"
+    score: str
+    labelled: bool = False
+    strategy: str
+    trials: list[Tried]
+    best: Count
+
+
+Trace = Annotated[CalmTrace | FitTrace | SearchTrace, Field(discriminator="kind")]

@@ -1,0 +1,109 @@
+"""Any merge with its numbers and choices searched for."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from calmerge._random import permutation
+from calmerge._run import Run
+from calmerge._signature import Count, Seed, check, raise_together
+from calmerge._task_vectors import Merge, TaskVectors, materialise
+from calmerge._weights import Weights, add
+from calmerge.fitting.objectives import entropy, expert_kl
+from calmerge.fitting.options import describe, read_space, with_options
+from calmerge.fitting.search import Strategy, search
+from calmerge.fitting.targets import expert_pools
+from calmerge.methods.task_arithmetic import task_arithmetic
+from calmerge.report.traces import SearchTrace, Tried
+from calmerge.tasks.base import Batch, Tasks
+
+
+def searched(
+    tvs: TaskVectors,
+    *,
+    tasks: Tasks,
+    inner: Merge | None = None,
+    space: Mapping[str, Any],
+    score: Literal["expert_kl", "entropy", "validation"] = "expert_kl",
+    strategy: Strategy = "tpe",
+    budget: Count = 30,
+    examples: Count = 256,
+    seed: Seed = 0,
+    run: Run | None = None,
+) -> Weights:
+    """The merge whose numbers and choices, of those tried, give the best score.
+
+    argmax over v in the space of the mean over tasks of score_t(theta_0 + inner(v)).
+
+    Args:
+        tvs: task vectors of T experts.
+        tasks: the model, its frozen heads, and the data of the score.
+        inner: the merge, or pipe, whose options are searched, the others as they are; Task Arithmetic when None.
+        space: by `method.option`, a range `[low, high]` or `{low: .., high: .., log: true}`, or choices
+            `{choices: [a, b]}`; `method.option.cars` is an entry of an option that maps tasks to numbers.
+        score: without labels, minus the divergence from the experts' predictions (`expert_kl`) or minus the prediction
+            entropy, on part of the pools; or the accuracy on the labelled `validation` splits. Never the test split.
+        strategy: as in `calmerge.fitting.search.search`.
+        budget: number of merges tried.
+        examples: of each pool, how many a label-free score looks at.
+        seed: decides what is tried, and on which examples.
+        run: progress, the journal from which a stopped search goes on, and the trace.
+
+    Held in memory: one merged model.
+
+    Raises:
+        UsageError: the space names an option that no method of `inner` has, or values that it does not take.
+        DataError: a split that the score needs is missing.
+        FitError: no trial had a finite score.
+        MissingExtra: optuna is not installed.
+
+    >>> import inspect
+    >>> inspect.signature(searched).parameters["budget"].default
+    30
+
+    Source: samplers of Akiba et al., "Optuna: A Next-generation Hyperparameter Optimization Framework", KDD 2019,
+    arXiv 1907.10902; optuna/optuna (MIT).
+    """
+    options = {"tasks": tasks, "inner": inner, "space": space, "score": score, "strategy": strategy, "budget": budget}
+    raise_together(check(searched, options | {"examples": examples, "seed": seed}))
+    run, tvs, inner = run or Run(), tvs.to(tasks.device), inner or task_arithmetic
+    ranges = read_space(inner, space)
+    batches = [] if score == "validation" else _held_out(tvs, tasks, score, examples, seed, run)
+
+    def told(values: Mapping[str, Any]) -> float:
+        delta = with_options(inner, values)(tvs)
+        theta = materialise(add(tvs.base, delta, dtype=torch.float32))
+        if score == "validation":
+            found = {t: one.accuracy for t, one in tasks.evaluate(theta, "validation").items()}
+        else:
+            found = {
+                t: -v for t, v in tasks.loss(expert_kl if score == "expert_kl" else entropy, theta, batches).items()
+            }
+        return sum(found[t] for t in tvs.tasks) / len(found)
+
+    key = f"{describe(inner)} {score} {examples} {tvs.fingerprint}"
+    found = search(told, ranges, strategy=strategy, budget=budget, seed=seed, run=run, label="searched", key=key)
+    run.trace["searched"] = SearchTrace(
+        score=score,
+        labelled=score == "validation",
+        strategy=strategy,
+        trials=[
+            Tried(values=dict(t.values), scores=None if t.scores is None else list(t.scores)) for t in found.trials
+        ],
+        best=found.trials.index(found.best),
+    )
+    best: Weights = with_options(inner, found.best.values)(tvs)
+    return best
+
+
+def _held_out(tvs: TaskVectors, tasks: Tasks, score: str, examples: int, seed: int, run: Run) -> list[Batch]:
+    """Some examples of each pool, with the experts' logits where the score compares with them."""
+    pools = expert_pools(tvs, tasks, run=run) if score == "expert_kl" else {}
+    batches = []
+    for task in tvs.tasks:
+        drawn = permutation(len(tasks.split(task, "pool")), seed, "score", task)[:examples]
+        for part in torch.split(drawn, tasks.batch):  # type: ignore[no-untyped-call]
+            targets = pools[task].targets if task in pools else None
+            batches.append(Batch(task, part, None if targets is None else targets[part]))
+    return batches
