@@ -275,7 +275,7 @@ def fits(report: Report) -> Html:
     return section("Inside the fits", *found, id_="fits") if found else NOTHING
 
 
-def _has_curves(trace: CalmTrace | FitTrace | None) -> bool:
+def _has_curves(trace: CalmTrace | FitTrace | SearchTrace | None) -> bool:
     """Whether there is anything to draw; statistics of activations leave a trace without."""
     return bool(trace.loss or trace.coefficients) if isinstance(trace, FitTrace) else trace is not None
 
