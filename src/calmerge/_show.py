@@ -54,9 +54,6 @@ def report(found: "Report", folder: "Path", *, as_json: bool) -> None:
         return
     console = _console()
     console.print(league_table(found, width=console.width))
-    for row in found.methods():
-        if row.error:
-            text(f"{row.label} failed: {row.error}")
     text(f"report: {folder / 'report.html'}")
 
 

@@ -54,6 +54,13 @@ def test_tensors_outside_the_blocks_are_task_arithmetic() -> None:
     torch.testing.assert_close(delta["scale"], task_arithmetic(tvs, scale=0.3)["scale"])
 
 
+def test_a_model_that_computes_in_bfloat16() -> None:
+    tvs, tasks = deep(2)
+    half = Tasks(tasks.model, dict(tasks), autocast=torch.bfloat16)
+    delta = prodistill(tvs, tasks=half, epochs=2)
+    torch.testing.assert_close(dict(delta), dict(prodistill(tvs, tasks=tasks, epochs=2)), rtol=0, atol=0.05)
+
+
 def test_no_epoch_is_task_arithmetic() -> None:
     tvs, tasks = deep(2)
     delta, plain = prodistill(tvs, tasks=tasks, epochs=0), task_arithmetic(tvs, scale=0.3)

@@ -94,7 +94,7 @@ def prodistill(
         fitted = fit(
             shape.merged,
             {n: torch.full_like(p, init) for n, p in shape.start.items()},
-            _gradient(block, model, seen, seed),
+            _gradient(block, model, tasks, seen, seed),
             base=tvs.base,
             optimizer=partial(torch.optim.Adam, lr=lr),
             steps=epochs * len(seen),
@@ -131,13 +131,15 @@ def _examples(
     return examples
 
 
-def _gradient(block: Block, model: OpenModel, examples: Sequence[Example], seed: int) -> Gradient:
+def _gradient(block: Block, model: OpenModel, tasks: Tasks, examples: Sequence[Example], seed: int) -> Gradient:
     """The gradient of one batch's squared distance, batches in a new order in every epoch."""
 
     def at(theta: Mapping[str, Tensor], step: int) -> dict[str, float]:
         order = permutation(len(examples), seed, block.path, step // len(examples))
         task, call, target = examples[int(order[step % len(examples)])]
-        loss = (run_block(block, model, theta, call).float() - target.float()).square().mean()
+        with tasks.precision():
+            output = run_block(block, model, theta, call)
+        loss = (output.float() - target.float()).square().mean()
         loss.backward()  # type: ignore[no-untyped-call]
         return {task: loss.item()}
 

@@ -281,17 +281,18 @@ class Tasks(Mapping[str, Task]):
                 f"{type(self.model).__name__} does not tell the features that its heads are given, which this "
                 "objective needs. Give it a method outputs(weights, inputs, task)."
             )
-        with self._autocast():
+        with self.precision():
             found = self.model.outputs(weights, _moved(inputs, self.device), task)
         return Outputs(found.logits.float(), found.features.float())
 
-    def _autocast(self) -> torch.autocast:
+    def precision(self) -> torch.autocast:
+        """The context in which the model computes, for who calls a part of it directly."""
         return torch.autocast(
             self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
         )
 
     def _forward(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Tensor:
-        with self._autocast():
+        with self.precision():
             return self.model.logits(weights, _moved(inputs, self.device), task)
 
 
