@@ -11,6 +11,8 @@ from calmerge._yaml import Data, from_data
 from calmerge.methods import METHODS
 
 GRID = tuple(round(0.05 * i, 2) for i in range(1, 21))
+SPACE: Data = {"ties.keep": [0.05, 1.0], "ties.scale": [0.2, 2.0]}
+"""What is searched without labels, as an instance of what needs a score only."""
 QUICK = 4
 """By what the updates of learning methods are divided in a quick look."""
 
@@ -102,6 +104,7 @@ ENTRIES: Mapping[str, Entry] = {
     "frank_wolfe_soft": Entry("FW-Merging, soft", "frank_wolfe_soft"),
     "localize_and_stitch": Entry("Localize-and-Stitch", "localize_and_stitch"),
     "prodistill": Entry("ProDistill", "prodistill"),
+    "searched": Entry("TIES, searched", {"searched": {"inner": "ties", "space": SPACE, "examples": 64}}),
     "calm": Entry("CALM", "calm"),
     "calm_joint": Entry("CALM, joint", "calm_joint"),
     "distillation": Entry("Distillation", "distillation"),
