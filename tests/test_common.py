@@ -131,6 +131,9 @@ TABLE = {
     "localize_and_stitch_dataless": Row({"keep": 0.5}, single=({"keep": 1.0}, 1.0)),
     "magmax": Row(single=({}, 0.5)),
     "magprune": Row({"rate": 0.5}, single=({"rate": 0.0, "spread": 0.0}, 1.0), random=True, rounds=True),
+    "map_front": Row(
+        {"score": "expert_kl", "budget": 20}, permutes=False, scales=False, single=None, learns=True, random=True
+    ),
     "mergekit_breadcrumbs": Row(
         {"weight": [0.5], "density": [0.5], "gamma": [0.1]}, single=({"weight": [0.5], "gamma": [0.0]}, 0.5)
     ),

@@ -251,7 +251,7 @@ def _open(recipe: Recipe, run: Run) -> "tuple[TaskVectors, Tasks | None]":
 
 def _report(recipe: Recipe, tvs: TaskVectors, run: Run, command: str | None, *, seconds: float) -> "Report":
     from calmerge.report import results
-    from calmerge.report.traces import SearchTrace
+    from calmerge.report.traces import FrontTrace, SearchTrace
 
     names = [step.name for step in recipe.merge] or ["stack"]
     last = recipe.merge[-1].to_data() if recipe.merge else recipe.to_dict()
@@ -259,7 +259,7 @@ def _report(recipe: Recipe, tvs: TaskVectors, run: Run, command: str | None, *, 
     learns = recipe.needs_tasks()
     transductive = recipe.tasks is not None and recipe.tasks.transductive
     trace = next(iter(run.trace.values()), None)
-    labelled = isinstance(trace, SearchTrace) and trace.labelled
+    labelled = isinstance(trace, SearchTrace | FrontTrace) and trace.labelled
     row = results.Row(
         method=names[-1],
         label=" > ".join(names),

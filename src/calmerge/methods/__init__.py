@@ -42,6 +42,7 @@ _HOME = {
     "localize_and_stitch_dataless": "methods.localize_and_stitch",
     "magmax": "methods.magmax",
     "magprune": "pieces.magprune",
+    "map_front": "methods.map_front",
     "mergekit_breadcrumbs": "methods.mergekit_breadcrumbs",
     "mergekit_breadcrumbs_ties": "methods.mergekit_breadcrumbs",
     "mergekit_dare_linear": "methods.mergekit_dare",

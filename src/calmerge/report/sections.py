@@ -27,7 +27,7 @@ from calmerge.report.tables import (
     size,
     task_columns,
 )
-from calmerge.report.traces import CalmStage, CalmTrace, Coefficients, Coverage, FitTrace, SearchTrace
+from calmerge.report.traces import CalmStage, CalmTrace, Coefficients, Coverage, FitTrace, FrontTrace, SearchTrace
 
 NOTHING = Html("")
 UNFOLDED = 4
@@ -275,7 +275,7 @@ def fits(report: Report) -> Html:
     return section("Inside the fits", *found, id_="fits") if found else NOTHING
 
 
-def _has_curves(trace: CalmTrace | FitTrace | SearchTrace | None) -> bool:
+def _has_curves(trace: CalmTrace | FitTrace | SearchTrace | FrontTrace | None) -> bool:
     """Whether there is anything to draw; statistics of activations leave a trace without."""
     return bool(trace.loss or trace.coefficients) if isinstance(trace, FitTrace) else trace is not None
 
@@ -293,7 +293,17 @@ def _trace(report: Report, row: Row) -> Html:
             return fit(trace, stamp)
         case SearchTrace() as trace:
             return searched(trace, stamp)
+        case FrontTrace() as trace:
+            return front(trace)
     return NOTHING
+
+
+def front(trace: FrontTrace) -> Html:
+    """A front as text: how many points, and the one taken, predicted and measured."""
+    taken = trace.points[trace.chosen]
+    rows = zip(trace.tasks, taken.coefficients, taken.predicted, trace.measured, strict=True)
+    words = "; ".join(f"{t}: coefficient {c:.3f}, predicted {p:.4f}, measured {m:.4f}" for t, c, p, m in rows)
+    return el("p", f"A front of {len(trace.points)} merges. Taken: {words}.")
 
 
 def searched(trace: SearchTrace, stamp: str) -> Html:

@@ -174,4 +174,27 @@ class SearchTrace(Record):
     best: Count
 
 
-Trace = Annotated[CalmTrace | FitTrace | SearchTrace, Field(discriminator="kind")]
+class FrontPoint(Record):
+    """One merge of a front: its coefficients and predicted metrics, in the order of the tasks."""
+
+    coefficients: list[float]
+    predicted: list[float]
+
+
+class FrontTrace(Record):
+    """A front of trade-offs among tasks, the point taken, and what was measured there.
+
+    >>> point = FrontPoint(coefficients=[1.0], predicted=[0.9])
+    >>> FrontTrace(tasks=["a"], points=[point], chosen=0, measured=[0.88]).labelled
+    False
+    """
+
+    kind: Literal["front"] = "front"
+    tasks: list[str]
+    labelled: bool = False
+    points: list[FrontPoint]
+    chosen: Count
+    measured: list[float]
+
+
+Trace = Annotated[CalmTrace | FitTrace | SearchTrace | FrontTrace, Field(discriminator="kind")]
