@@ -124,6 +124,9 @@ def merge(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Of methods that draw; the recipe's if not given.")
     ] = None,
+    preference: Annotated[
+        str | None, typer.Option("--preference", help="Among tasks, for map_front: cars=0.7,dtd=0.3.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from what a stopped run of the same merge had finished.")
     ] = False,
@@ -137,12 +140,17 @@ def merge(
     --resume to go on from there, or without to begin anew.
     """
     from calmerge._recipe_run import open_inputs, preview, run_recipe
-    from calmerge.recipe import load_recipe, with_out, with_seed
+    from calmerge.recipe import load_recipe, with_out, with_preference, with_seed
 
     if place is not None and out is not None:
         raise UsageError(f"the folder of the result is given twice: '{place}' and --out '{out}'.")
     out = out or place
-    checked = with_out(with_seed(load_recipe(recipe), seed), dtype=dtype, shard=shard, max_memory=max_memory)
+    checked = with_out(
+        with_preference(with_seed(load_recipe(recipe), seed), _weights(preference)),
+        dtype=dtype,
+        shard=shard,
+        max_memory=max_memory,
+    )
     if dry_run:
         found = preview(checked, open_inputs(checked)).to_dict() | ({"out": str(out)} if out else {})
         _show().emit(found, as_json, lambda: _show().preview(found))
@@ -150,6 +158,16 @@ def merge(
     manifest = run_recipe(checked, out=out, resume=resume, command=_command(), run=_run(quiet))
     where = out or checked.out.path
     _show().emit(manifest, as_json, lambda: _show().merged(manifest, str(where)))
+
+
+def _weights(text: str | None) -> dict[str, float] | None:
+    """ "cars=0.7,dtd=0.3" as numbers by task."""
+    if text is None:
+        return None
+    try:
+        return {task.strip(): float(weight) for task, weight in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise UsageError(f"--preference must be written as cars=0.7,dtd=0.3, got '{text}'.") from None
 
 
 @app.command("eval", short_help="Score a merged folder on a suite's test data.")

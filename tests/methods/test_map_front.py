@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from calmerge import Run, UsageError, map_front
+from calmerge.cli import _weights
 from calmerge.fitting.search import undominated
 from calmerge.methods.map_front import fit_surrogate, surrogate_front
+from calmerge.recipe import recipe_from_dict, with_preference
 
 
 def test_a_quadratic_is_found_exactly_at_as_many_points_as_unknowns() -> None:
@@ -51,3 +53,14 @@ def test_what_cannot_be_is_refused(toy: Any) -> None:
     ):
         with pytest.raises(UsageError, match=words):
             map_front(toy.tvs, tasks=toy.tasks, score="expert_kl", **options)
+
+
+def test_a_preference_of_the_command_line_reaches_the_last_step() -> None:
+    written = {
+        "base": "./base", "experts": {"a": "./a"}, "merge": [{"map_front": {"budget": 5}}],
+        "model": {"kind": "sequence-classifier"}, "tasks": {"a": {"classes": ["yes", "no"], "pool": "pool.csv"}},
+    }  # fmt: skip
+    recipe = with_preference(recipe_from_dict(written), _weights("a=0.7"))
+    assert recipe.to_dict()["merge"] == [{"map_front": {"budget": 5, "preference": {"a": 0.7}}}]
+    with pytest.raises(UsageError, match="must be written as"):
+        _weights("a")
