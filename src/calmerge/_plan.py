@@ -157,7 +157,8 @@ def _block_sizes(nodes: Iterable[Node], grid: Weights, chunk: int) -> list[int]:
     held = _Held(nodes)
     counts = Counter((name, entries(grid, name, rows)) for name, rows in blocks(grid, chunk))
     if grid.elementwise:
-        return [max((held.bytes(*block) for block in counts), default=0)] * _MOST_THREADS
+        most = max((held.bytes(*block) for block in counts), default=0)
+        return [most] * min(_MOST_THREADS, counts.total())
     found = [size for block, n in counts.items() for size in [held.bytes(*block)] * min(n, _MOST_THREADS)]
     return sorted(found, reverse=True)[:_MOST_THREADS]
 

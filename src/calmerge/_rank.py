@@ -73,8 +73,8 @@ def rank_rounds(weights: Weights, tasks: int, ranks: Callable[[], Sequence[int]]
                 narrower: Bracket | float = everything if bracket != everything else float("nan")
             elif bracket.low == bracket.high:
                 narrower = float(_float(bracket.low))
-            elif isinstance(inside, list):
-                narrower = _nth(np.concatenate(inside), k[t] - below)
+            elif isinstance(inside, bytearray):
+                narrower = _nth(np.frombuffer(inside, dtype=np.float32), k[t] - below)
             else:
                 running = inside.cumsum()
                 at = int(np.searchsorted(running, k[t] - below))
@@ -107,13 +107,16 @@ class _Search:
         return found
 
     def add(self, so_far: dict[int, list[Any]] | None, part: dict[int, tuple[int, int, Array]]) -> dict[int, list[Any]]:
-        """What the blocks so far have, with the entries inside as a list of arrays, or as counts of bins."""
-        total = so_far or {t: [0, 0, [] if self._gathers[t] else np.zeros(1 << _BINS, dtype=np.int64)] for t in part}
+        """What the blocks so far have, with the entries inside as they are, or as counts of bins.
+
+        They are copied into one buffer: thousands of small arrays that live on would keep freed blocks between them.
+        """
+        total = so_far or {t: [0, 0, bytearray() if self._gathers[t] else np.zeros(1 << _BINS, np.int64)] for t in part}
         for t, (below, upto, inside) in part.items():
             total[t][0] += below
             total[t][1] += upto
             if self._gathers[t]:
-                total[t][2].append(inside)
+                total[t][2].extend(inside.view(np.uint8).data)
             else:
                 bracket = self._brackets[t]
                 np.add.at(total[t][2], (inside.view(np.int32) - np.int32(bracket.low)) >> bracket.shift, 1)

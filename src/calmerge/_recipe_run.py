@@ -24,7 +24,7 @@ from calmerge._open import open_recipe
 from calmerge._pipe import walk
 from calmerge._plan import plan
 from calmerge._run import Run
-from calmerge._save import checkpoints_behind, finished_before, hashes, save, to_write, versions
+from calmerge._save import checkpoints_behind, finished_before, hashes, input_hashes, save, to_write, versions
 from calmerge._save_adapter import largest, save_adapter
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
@@ -270,6 +270,7 @@ def _report(recipe: Recipe, tvs: TaskVectors, run: Run, command: str | None, *, 
         split=("transductive" if transductive else "inductive") if learns else "none",
         trace=trace,
     )
+    input_hashes(tvs)  # all at once; each is known from here on
     return results.Report(
         title=f"{', '.join(tvs.tasks) or Path(recipe.file).stem}: merged with {row.label}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,8 +1,10 @@
 """The merged folder: backbone, one head per task, and everything needed to make it again."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +197,10 @@ def finished_before(path: Path, tvs: TaskVectors, recipe: Mapping[str, Any]) -> 
 
 
 def input_hashes(tvs: TaskVectors) -> dict[str, dict[str, str]]:
-    """SHA-256 of the files of base and experts."""
-    return {"base": hashes(tvs.base)} | {f"expert {t}": hashes(w) for t, w in tvs.experts.items()}
+    """SHA-256 of the files of base and experts, found side by side."""
+    inputs = {"base": tvs.base} | {f"expert {t}": w for t, w in tvs.experts.items()}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(inputs, pool.map(hashes, inputs.values()), strict=True))
 
 
 def versions() -> dict[str, str]:

@@ -289,11 +289,13 @@ def value_at(node: Node, site: Site, rows: slice, memo: Memo) -> Tensor:
 def blocks(weights: Weights, size: int = BLOCK) -> Iterator[tuple[str, slice]]:
     """Name and rows of pieces of about `size` entries that cover `weights` once, in order.
 
-    A row is never split, and a tensor that cannot be read by rows comes whole.
+    A row is never split, and a tensor that cannot be read by rows comes whole. Where more than four experts go into
+    the weights, pieces are smaller, so that memory stays what it is and they stay in cache.
 
     >>> list(blocks(StateDict({"a": torch.zeros(5, 2), "b": torch.zeros(())}), size=4))
     [('a', slice(0, 2, None)), ('a', slice(2, 4, None)), ('a', slice(4, 5, None)), ('b', slice(None, None, None))]
     """
+    size = size * 4 // max(4, _experts(weights))
     for name, spec in weights.specs.items():
         step = max(1, size // max(1, row_size(spec)))
         if not spec.shape or weights.whole(name) or step >= spec.shape[0]:
@@ -301,6 +303,19 @@ def blocks(weights: Weights, size: int = BLOCK) -> Iterator[tuple[str, slice]]:
         else:
             for start in range(0, spec.shape[0], step):
                 yield name, slice(start, min(start + step, spec.shape[0]))
+
+
+def _experts(weights: Weights) -> int:
+    """The most experts of which a block is held while one of `weights` is computed."""
+    most, seen, waiting = 1, {id(weights)}, [weights]
+    while waiting:
+        one = waiting.pop()
+        most = max(most, len(getattr(one, "tasks", ())))
+        for node in one.inputs:
+            if isinstance(node, Weights) and id(node) not in seen:
+                seen.add(id(node))
+                waiting.append(node)
+    return most
 
 
 def add(base: Weights, delta: Weights, *, dtype: torch.dtype | None = None) -> Weights:

@@ -106,7 +106,7 @@ def _cut(weights: Weights, counts: Sequence[int] | Measure) -> Measure:
                         within[t] = (first + (at_bin << (width - 16)), width - 16)
                         limit[t] = within[t][0] + (1 << (width - 16)) - 1
                 else:
-                    found = np.concatenate(keys)
+                    found = np.frombuffer(keys, np.int64)
                     if 0 < left[t] < len(found):
                         limit[t] = np.partition(found, left[t] - 1)[left[t] - 1]
             search = _Equal(tasks, at, {t: bits for t, bits in within.items() if bits[1]})
@@ -140,17 +140,17 @@ class _Equal:
         return found
 
     def add(self, so_far: dict[int, list[Any]] | None, part: dict[int, tuple[int, Array]]) -> dict[int, list[Any]]:
-        """What the blocks so far have, the indices as a list of arrays; once they are too many, as counts of bins."""
-        total = so_far or {t: [0, [], None, 0] for t in part}
+        """What the blocks so far have, the indices as they are; once they are too many, as counts of bins."""
+        total = so_far or {t: [0, bytearray(), None, 0] for t in part}
         for t, (above, keys) in part.items():
             first, width = self.within[t]
             total[t][0] += above
             total[t][3] += len(keys)
             if total[t][1] is not None:
-                total[t][1].append(keys)
+                total[t][1].extend(keys.view(np.uint8).data)
                 if total[t][3] <= _GATHERED // self._tasks:
                     continue
-                keys, total[t][1], total[t][2] = np.concatenate(total[t][1]), None, np.zeros(_HALF, np.int64)
+                keys, total[t][1], total[t][2] = np.frombuffer(total[t][1], np.int64), None, np.zeros(_HALF, np.int64)
             np.add.at(total[t][2], (keys - first) >> (width - 16), 1)
         return total
 
