@@ -399,7 +399,7 @@ def _worker(job: Mapping[str, Any]) -> dict[str, Any]:
         merge(out)
     seconds, cpu = time.perf_counter() - began, _cpu() - cpu
     shutil.rmtree(out)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rss = _status(Path("/proc/self/status"), "VmHWM")  # what getrusage says, a child inherits
     return Figures(seconds, cpu, (peak.bytes or 0) - imported, rss, start, phases)._asdict()
 
 
@@ -430,22 +430,19 @@ def _mergekit(text: str, place: Path, arguments: argparse.Namespace) -> Figures 
 def _watched(command: Sequence[str], limit: float, log: Path) -> Figures | None:
     """A command run to its end; None if that is an error, or does not come in time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    started, private = time.perf_counter(), 0
+    started, private, rss = time.perf_counter(), 0, 0
     with log.open("w") as f, subprocess.Popen(command, stdout=f, stderr=f) as process:
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            try:
-                lines = status.read_text().splitlines()
-            except OSError:
-                lines = []
-            private = max([private, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))])
+            private = max(private, _status(status, "RssAnon"))
+            rss = max(rss, _status(status, "VmHWM"))
             if time.perf_counter() - started > limit:
                 process.kill()
             time.sleep(0.02)
         seconds = time.perf_counter() - started
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Figures(seconds, cpu, private, after.ru_maxrss * 1024) if process.returncode == 0 else None
+    return Figures(seconds, cpu, private, rss) if process.returncode == 0 else None
 
 
 def _starts(arguments: argparse.Namespace) -> dict[str, float]:
@@ -521,6 +518,15 @@ def _place(folder: Path | None) -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory() as made:
             yield Path(made)
+
+
+def _status(file: Path, key: str) -> int:
+    """One figure of a process, in bytes; 0 where there is none, or no process any more."""
+    try:
+        lines = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return 0
+    return max((int(line[1]) * 1024 for line in lines if line and line[0] == f"{key}:"), default=0)
 
 
 def _size(file: Path) -> int:
