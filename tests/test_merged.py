@@ -148,13 +148,6 @@ def test_a_folder_of_one_model_has_no_patches(toy: Any, tmp_path: Path) -> None:
         open_merged(tmp_path / "out")
 
 
-def test_a_router_has_no_file_yet(toy: Any, tmp_path: Path) -> None:
-    merged = tall_masks(toy.tvs)
-    with pytest.raises(UsageError, match="router cannot be saved"):
-        save(tmp_path / "out", toy.tvs, Merged(merged.shared, merged.patches, router=lambda x: x))
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_call_that_gives_one_model_refuses_a_model_per_task(toy: Any) -> None:
     with pytest.raises(UsageError, match=r"tall_masks gives a model for each task"):
         merge(toy.base, toy.experts, "tall_masks")

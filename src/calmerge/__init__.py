@@ -90,6 +90,8 @@ if TYPE_CHECKING:
     from calmerge.methods.ties import ties as ties
     from calmerge.methods.tsv_c import tsv_c as tsv_c
     from calmerge.methods.tsv_m import tsv_m as tsv_m
+    from calmerge.methods.twin import twin_merging as twin_merging
+    from calmerge.methods.twin import twin_merging_routed as twin_merging_routed
     from calmerge.methods.weighted_average import weighted_average as weighted_average
     from calmerge.methods.wudi import wudi as wudi
     from calmerge.pieces.equal_norms import equal_norms as equal_norms
@@ -196,6 +198,8 @@ _HOME = {
     "truncate": "pieces.truncate",
     "tsv_c": "methods.tsv_c",
     "tsv_m": "methods.tsv_m",
+    "twin_merging": "methods.twin",
+    "twin_merging_routed": "methods.twin",
     "weighted_average": "methods.weighted_average",
     "wudi": "methods.wudi",
 }

@@ -113,11 +113,13 @@ def _group(name: str, fn: Callable[..., Any]) -> str:
     one, learned, each, before, after, mergekit = GROUPS
     if name.startswith("mergekit_"):
         return mergekit
+    if gives_patches(fn):
+        return each
     if needs_tasks(fn):
         return learned
     if takes_merged(fn):
         return after
-    return before if gives_task_vectors(fn) else each if gives_patches(fn) else one
+    return before if gives_task_vectors(fn) else one
 
 
 def _paper(source: str) -> str:

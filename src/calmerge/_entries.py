@@ -113,6 +113,8 @@ ENTRIES: Mapping[str, Entry] = {
     "tall_masks": Entry("TALL-masks", "tall_masks"),
     "emr": Entry("EMR-Merging", "emr"),
     "tsv_c": Entry("TSV-C", "tsv_c"),
+    "twin_merging": Entry("Twin-Merging", "twin_merging"),
+    "twin_merging_routed": Entry("Twin-Merging, routed", "twin_merging_routed"),
 }
 """What `run_bench` compares when nothing is named, in the order of work: cheap ones first, then those that learn."""
 

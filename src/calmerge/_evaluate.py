@@ -1,21 +1,20 @@
 """Test scores of one merged folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from calmerge._checkpoint import open_checkpoint
 from calmerge._errors import CheckpointError
 from calmerge._merged import is_patched, open_merged
 from calmerge._run import Run
-from calmerge._task_vectors import materialise
-from calmerge._weights import add
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from calmerge.report.results import Score
     from calmerge.suites.suite import Suite
-    from calmerge.tasks.base import Split
+    from calmerge.tasks.base import Split, Tasks
 
 
 def evaluate(
@@ -37,7 +36,8 @@ def evaluate(
         run: progress.
 
     Returns:
-        {"merged": scores by task} and, if asked for, {"experts": scores by task}.
+        {"merged": scores by task}, with a router {"routed": scores where it decides, not the name of the task}, and, if
+        asked for, {"experts": scores by task}.
 
     Raises:
         CheckpointError: `folder` lacks tensors that are merged in this suite, or has them in another shape.
@@ -45,6 +45,7 @@ def evaluate(
     """
     from calmerge.suites.prepare import prepare
     from calmerge.tasks.hf import open_suite
+    from calmerge.tasks.serving import serving
 
     run = run or Run()
     merged = open_checkpoint(folder)
@@ -59,10 +60,16 @@ def evaluate(
             )
     if is_patched(folder):
         patched = open_merged(folder)
-        own = {t: add(merged.only_names(tvs), patched.for_task(t), dtype=torch.float32) for t in tvs.tasks}
-        scores = {"merged": {t: tasks.score(tasks.logits(materialise(w), t, split), t, split) for t, w in own.items()}}
+        base = merged.only_names(tvs)
+        scores = {"merged": _served(serving(patched, base, tasks, routed=False), tasks, split)}
+        if patched.router is not None:
+            scores["routed"] = _served(serving(patched, base, tasks), tasks, split)
     else:
         scores = {"merged": tasks.evaluate({name: merged.read(name).float() for name in tvs}, split, run=run)}
     if experts:
         scores["experts"] = {t: tasks.score(tasks.logits(tvs.expert(t), t, split), t, split) for t in tvs.tasks}
     return scores
+
+
+def _served(logits: "Callable[[str, Split], Tensor]", tasks: "Tasks", split: "Split") -> "dict[str, Score]":
+    return {task: tasks.score(logits(task, split), task, split) for task in tasks}

@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from calmerge._checkpoint import open_checkpoint
 from calmerge._errors import CheckpointError, UsageError, did_you_mean
@@ -15,8 +13,18 @@ from calmerge._run import Run
 from calmerge._weights import Spec, Weights
 from calmerge._writer import write_json, write_side_by_side
 
-_KINDS = {"factors": "pieces.factor_patch:FactorPatch", "mask": "pieces.patch:MaskPatch"}
+if TYPE_CHECKING:
+    from calmerge.tasks.base import Model
+
+_KINDS = {
+    "affine": "pieces.head_patch:AffinePatch",
+    "factors": "pieces.factor_patch:FactorPatch",
+    "mask": "pieces.patch:MaskPatch",
+    "surgery": "pieces.head_patch:SurgeryPatch",
+}
 """Where the patches that can be read back are defined, by kind: "module:class"."""
+_ROUTERS = {"neural": "pieces.router:NeuralRouter", "subspace": "pieces.subspace:SubspaceRouter"}
+"""The same of routers."""
 
 
 class Patch(Protocol):
@@ -42,10 +50,29 @@ class Patch(Protocol):
 
 
 class Router(Protocol):
-    """Which tasks an input belongs to, for those who do not know."""
+    """Which tasks an input belongs to, for those who do not know.
 
-    def __call__(self, features: Tensor) -> Tensor:
-        """Weights over the tasks, in the order of the patches: [inputs, features] to [inputs, T]."""
+    A class of routers stands in `_ROUTERS` under its `kind`, and `restore` makes it again of what `stored` gave.
+    """
+
+    @property
+    def kind(self) -> str:
+        """Its name in the table of routers."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of its outputs, in order; they are those of the patches, which may stand in any order."""
+
+    @property
+    def stored(self) -> Weights:
+        """The tensors that a file of it holds."""
+
+    def over(self, model: "Model", base: Weights, merged: "Merged") -> "Model":
+        """The model at work: it routes its inputs itself, whatever weights it is called with."""
+
+    @classmethod
+    def restore(cls, stored: Weights, tasks: tuple[str, ...]) -> "Router":
+        """The router whose `stored` was written and is read again."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +83,9 @@ class Merged:
         shared: the vector that all tasks share, a delta over the base.
         patches: by task, what makes the task's own vector of it.
         router: finds the task of an input, where there is one.
+
+    Raises:
+        UsageError: the router is one of other tasks.
 
     >>> import torch; from calmerge import StateDict, add, tall_masks, task_vectors
     >>> base = {"w": torch.tensor([1.0, 1.0])}
@@ -68,6 +98,13 @@ class Merged:
     shared: Weights
     patches: Mapping[str, Patch]
     router: Router | None = None
+
+    def __post_init__(self) -> None:
+        if self.router is not None and set(self.router.tasks) != set(self.patches):
+            raise UsageError(
+                f"the router knows the tasks {', '.join(self.router.tasks)}; there are patches of "
+                f"{', '.join(self.patches)}. Both must be of the same tasks."
+            )
 
     def for_task(self, task: str) -> Weights:
         """One task's vector, to be added to the base like any merge.
@@ -86,8 +123,14 @@ class Merged:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the shared vector and of all patches, as they are stored."""
-        return self.shared.nbytes + sum(patch.stored.nbytes for patch in self.patches.values())
+        """Bytes of the shared vector, of all patches and of the router, as they are stored."""
+        routing = 0 if self.router is None else self.router.stored.nbytes
+        return self.shared.nbytes + sum(patch.stored.nbytes for patch in self.patches.values()) + routing
+
+    @property
+    def heads(self) -> Literal["frozen", "realigned"]:
+        """Whether every task keeps its expert's head as it is, or some patch stands between features and scores."""
+        return "realigned" if any(hasattr(patch, "scores") for patch in self.patches.values()) else "frozen"
 
 
 def storage(merged: Merged, base: Weights, experts: Mapping[str, Weights]) -> dict[str, Any]:
@@ -112,31 +155,27 @@ def storage(merged: Merged, base: Weights, experts: Mapping[str, Weights]) -> di
         "model": base.nbytes,
         "shared": merged.shared.nbytes,
         "patches": {task: patch.stored.nbytes for task, patch in merged.patches.items()},
+        **({"router": merged.router.stored.nbytes} if merged.router is not None else {}),
         "all": base.nbytes + merged.nbytes,
         "experts": own + rest,
     }
 
 
 def written_together(merged: Merged) -> list[dict[str, Weights]]:
-    """What is written side by side, by folder: the shared vector alone, then patches of one layout."""
+    """What is written side by side, by folder: the shared vector alone, then patches of one layout, then the router."""
     groups: dict[object, dict[str, Weights]] = {}
     for task, patch in merged.patches.items():
         stored = patch.stored
         groups.setdefault(tuple(stored.specs.items()), {})[f"patches/{task}"] = stored
-    return [{"shared": merged.shared}, *groups.values()]
+    routing = [] if merged.router is None else [{"router": merged.router.stored}]
+    return [{"shared": merged.shared}, *groups.values(), *routing]
 
 
 def write_merged(
     folder: Path, merged: Merged, *, shard: str | int = "5GB", chunk: int = 2**18,
     threads: int | None = None, run: Run | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    """The SHA-256 of the files written: `shared/` with the shared vector in float32, and `patches/<task>/`.
-
-    Raises:
-        UsageError: there is a router, which has no file format yet.
-    """
-    if merged.router is not None:
-        raise UsageError("a merge with a router cannot be saved yet; save it without one, and name tasks yourself.")
+    """The SHA-256 of the files written: `shared/` with the shared vector in float32, `patches/<task>/`, `router/`."""
     hashes: dict[str, str] = {}
     for group in written_together(merged):
         for name in group:
@@ -148,11 +187,13 @@ def write_merged(
         hashes |= {f"{p.relative_to(folder)}/{file}": sha for p, of in written.items() for file, sha in of.items()}
     for task, patch in merged.patches.items():
         write_json(folder / "patches" / task / "patch.json", {"kind": patch.kind})
+    if merged.router is not None:
+        write_json(folder / "router" / "router.json", {"kind": merged.router.kind, "tasks": list(merged.router.tasks)})
     return hashes
 
 
 def open_merged(folder: str | Path) -> Merged:
-    """The shared vector and patches of a folder that `save` wrote of a `Merged`, from headers alone.
+    """The shared vector, patches and router of a folder that `save` wrote of a `Merged`, from headers alone.
 
     Raises:
         CheckpointError: the folder has none, or of a kind that this version does not know.
@@ -164,12 +205,25 @@ def open_merged(folder: str | Path) -> Merged:
     patches = {}
     for place in sorted((folder / "patches").iterdir()):
         kind = json.loads((place / "patch.json").read_text())["kind"]
-        if kind not in _KINDS:
-            raise CheckpointError(f"'{place}': unknown kind of patch '{kind}'. {did_you_mean(kind, _KINDS)}")
-        module, _, name = _KINDS[kind].partition(":")
-        made: type[Patch] = getattr(import_module(f"calmerge.{module}"), name)
-        patches[place.name] = made.restore(open_checkpoint(place), shared)
-    return Merged(shared, patches)
+        patches[place.name] = _class_of(kind, _KINDS, "patch", place).restore(open_checkpoint(place), shared)
+    return Merged(shared, patches, _open_router(folder / "router"))
+
+
+def _open_router(place: Path) -> Router | None:
+    if not place.is_dir():
+        return None
+    said = json.loads((place / "router.json").read_text())
+    found: Router = _class_of(said["kind"], _ROUTERS, "router", place).restore(
+        open_checkpoint(place), tuple(said["tasks"])
+    )
+    return found
+
+
+def _class_of(kind: str, table: Mapping[str, str], what: str, place: Path) -> Any:
+    if kind not in table:
+        raise CheckpointError(f"'{place}': unknown kind of {what} '{kind}'. {did_you_mean(kind, table)}")
+    module, _, name = table[kind].partition(":")
+    return getattr(import_module(f"calmerge.{module}"), name)
 
 
 def is_patched(folder: str | Path) -> bool:

@@ -111,6 +111,7 @@ def save(
             "files": files | side,
         }
         if patched:
+            manifest["heads"] = patched.heads
             manifest["storage"] = storage(patched, tvs.base, tvs.experts)
             manifest["dtype"] = str(dtype).removeprefix("torch.") if dtype else None
         write_json(folder / MANIFEST, manifest)
@@ -144,6 +145,7 @@ def export(folder: str | Path, task: str, out: str | Path, *, run: Run | None = 
 
     Raises:
         CheckpointError: `folder` is no merged folder, or has no such task.
+        UsageError: the task's model is more than weights, since its patch changes what the head is given.
         OutputError: `out` is taken or cannot be written.
     """
     folder, out = Path(folder), Path(out)
@@ -159,7 +161,13 @@ def export(folder: str | Path, task: str, out: str | Path, *, run: Run | None = 
     backbone: Weights = stored
     if is_patched(folder):
         dtype = getattr(torch, manifest["dtype"]) if manifest["dtype"] else None
-        backbone = add(stored, open_merged(folder).for_task(task), dtype=dtype)
+        patched = open_merged(folder)
+        if hasattr(patched.patches.get(task), "scores"):
+            raise UsageError(
+                f"'{folder}' changes what the heads are given, which the architecture of '{task}' has no place for. "
+                "Score it with calmerge eval, or run it with calmerge.tasks.serving."
+            )
+        backbone = add(stored, patched.for_task(task), dtype=dtype)
     head = folder / "heads" / task
     known = json.loads((head / "names.json").read_text())
     parts: dict[str, tuple[Weights, str]] = {own: (backbone, name) for name, own in known["names"].items()}

@@ -98,10 +98,12 @@ def merged(manifest: Mapping[str, Any], where: str) -> None:
             ["base", decimal(cost["model"])],
             ["shared vector", decimal(cost["shared"])],
             *([f"patch of {task}", decimal(size)] for task, size in cost["patches"].items()),
+            *([["router", decimal(cost["router"])]] if "router" in cost else []),
             ["all", f"{decimal(cost['all'])}; the experts take {decimal(cost['experts'])}"],
         ]
         table(["", ""], rows)
-        text(f"calmerge export {where} --task NAME writes the model of one task.")
+        if manifest["heads"] == "frozen":
+            text(f"calmerge export {where} --task NAME writes the model of one task.")
 
 
 def adapter(modules: Sequence[Mapping[str, Any]], where: "Path | None" = None) -> None:

@@ -38,6 +38,7 @@ from calmerge.report.tables import csv_table
 from calmerge.report.traces import Trace
 from calmerge.suites.suite import Suite
 from calmerge.tasks.base import Split, Tasks
+from calmerge.tasks.serving import serving
 
 
 def run_bench(
@@ -177,6 +178,7 @@ class _League:
         with peak_memory() as peak:
             delta: Weights | Merged = merge_pipe(list(pipe), tasks=tasks, run=run, seed=seed)(self.tvs)
         seconds, most = time.perf_counter() - started, [peak.bytes]
+        routed = isinstance(delta, Merged) and (delta.router is not None or delta.heads == "realigned")
         each = {t: delta.for_task(t) for t in self.tasks} if isinstance(delta, Merged) else {None: delta}
         scores: dict[str, Score] = {}
         for task, vector in each.items():
@@ -184,7 +186,11 @@ class _League:
             with peak_memory() as peak:
                 write(self._theta, self.tvs.base, vector)
             seconds, most = seconds + time.perf_counter() - started, [*most, peak.bytes]
-            scores |= self._scores([task] if task else list(self.tasks))
+            if not routed:
+                scores |= self._scores([task] if task else list(self.tasks))
+        if isinstance(delta, Merged) and routed:
+            logits = serving(delta, self.tvs.base.only_names(self.tvs.specs), self.tasks)
+            scores = {t: self.tasks.score(logits(t, "test"), t, "test") for t in self.tasks}
         if isinstance(delta, Merged):
             size = storage(delta, self.tvs.base, self.tvs.experts)["all"]
         else:
@@ -196,6 +202,7 @@ class _League:
             "peak_bytes": max((found for found in most if found is not None), default=None),
             "numbers_trained": sum(run.trained) or None,
             "bytes_out": size,
+            "heads": delta.heads if isinstance(delta, Merged) else "frozen",
             "trace": trace,
         }
 

@@ -83,6 +83,8 @@ _HOME = {
     "truncate": "pieces.truncate",
     "tsv_c": "methods.tsv_c",
     "tsv_m": "methods.tsv_m",
+    "twin_merging": "methods.twin",
+    "twin_merging_routed": "methods.twin",
     "weigh": "pieces.weigh",
     "weighted_average": "methods.weighted_average",
     "wudi": "methods.wudi",

@@ -68,6 +68,20 @@ class FeatureModel(Model, Protocol):
         """Logits and features, both differentiable in the weights."""
 
 
+def told(model: Model) -> FeatureModel:
+    """The model, if it tells the features that its heads are given.
+
+    Raises:
+        DataError: it does not.
+    """
+    if not hasattr(model, "outputs"):
+        raise DataError(
+            f"{type(model).__name__} does not tell the features that its heads are given, which are needed here. "
+            "Give it a method outputs(weights, inputs, task)."
+        )
+    return model  # type: ignore[return-value]
+
+
 class Batch(NamedTuple):
     """Which examples of which task's pool go through the model together, and what they should come out as."""
 
@@ -276,13 +290,9 @@ class Tasks(Mapping[str, Task]):
         """Logits, or logits and features, in float32."""
         if not features:
             return self._forward(weights, inputs, task).float()
-        if not hasattr(self.model, "outputs"):
-            raise DataError(
-                f"{type(self.model).__name__} does not tell the features that its heads are given, which this "
-                "objective needs. Give it a method outputs(weights, inputs, task)."
-            )
+        model = told(self.model)
         with self.precision():
-            found = self.model.outputs(weights, _moved(inputs, self.device), task)
+            found = model.outputs(weights, _moved(inputs, self.device), task)
         return Outputs(found.logits.float(), found.features.float())
 
     def precision(self) -> torch.autocast:
