@@ -59,6 +59,7 @@ def searched(
         MissingExtra: optuna is not installed.
 
     >>> import inspect
+    >>> tuned = lambda tvs, tasks: searched(tvs, tasks=tasks, space={"task_arithmetic.scale": [0.1, 1.0]})
     >>> inspect.signature(searched).parameters["budget"].default
     30
 
