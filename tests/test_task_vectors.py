@@ -267,3 +267,9 @@ def test_a_task_name_that_is_no_folder_s_is_refused(name: str) -> None:
 def test_excluding_everything_says_so() -> None:
     with pytest.raises(CheckpointError, match=r"nothing is left to merge: exclude \(\*\) names every tensor"):
         task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}}, exclude=["*"])
+
+
+def test_one_task_of_some_tensors_has_these_tensors() -> None:
+    tensors = {"v": torch.zeros(1), "w": torch.zeros(1)}
+    some = task_vectors(tensors, {"a": tensors, "b": tensors}).only_names(["w"])
+    assert list(some.of("a")) == list(some.only(["b"])) == ["w"]

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from calmerge.methods.searched import searched as searched
     from calmerge.methods.self_positioning import self_positioning as self_positioning
     from calmerge.methods.slerp import slerp as slerp
+    from calmerge.methods.smile import smile as smile
     from calmerge.methods.svc import svc as svc
     from calmerge.methods.tall_masks import consensus as consensus
     from calmerge.methods.tall_masks import tall_masks as tall_masks
@@ -190,6 +191,7 @@ _HOME = {
     "searched": "methods.searched",
     "self_positioning": "methods.self_positioning",
     "slerp": "methods.slerp",
+    "smile": "methods.smile",
     "svc": "methods.svc",
     "tall_masks": "methods.tall_masks",
     "task_arithmetic": "methods.task_arithmetic",

@@ -108,7 +108,8 @@ class TaskVectors(Weights):
             if task not in self.tasks:
                 raise UsageError(f"no task '{task}'. {did_you_mean(task, self.tasks)}")
         if isinstance(self._source, _Deltas):
-            return self._with(self._source.only([self.tasks.index(t) for t in tasks]), tasks)
+            some = self._source.only([self.tasks.index(t) for t in tasks])
+            return self._with(some, tasks).only_names(self.specs)
         index = torch.tensor([self.tasks.index(t) for t in tasks])
         return self._with(Stacked(lambda tau, site: tau[index], (self,), self.specs), tasks)
 

@@ -74,6 +74,7 @@ _HOME = {
     "searched": "methods.searched",
     "self_positioning": "methods.self_positioning",
     "slerp": "methods.slerp",
+    "smile": "methods.smile",
     "svc": "methods.svc",
     "tall_masks": "methods.tall_masks",
     "task_arithmetic": "methods.task_arithmetic",

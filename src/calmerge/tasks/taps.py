@@ -29,7 +29,15 @@ def open_model(tasks: Tasks, why: str) -> OpenModel:
     Raises:
         DataError: it does not.
     """
-    model = tasks.model
+    return shown(tasks.model, why)
+
+
+def shown(model: Model, why: str) -> OpenModel:
+    """The model, if it shows its module; `why` that is needed stands in the error.
+
+    Raises:
+        DataError: it does not.
+    """
     if not hasattr(model, "module") or not hasattr(model, "names"):
         raise DataError(
             f"{type(model).__name__} does not show its module, and {why}. Use ModuleModel or HuggingFaceModel, or give "
