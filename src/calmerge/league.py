@@ -178,19 +178,19 @@ class _League:
         with peak_memory() as peak:
             delta: Weights | Merged = merge_pipe(list(pipe), tasks=tasks, run=run, seed=seed)(self.tvs)
         seconds, most = time.perf_counter() - started, [peak.bytes]
-        routed = isinstance(delta, Merged) and (delta.router is not None or delta.heads == "realigned")
-        each = {t: delta.for_task(t) for t in self.tasks} if isinstance(delta, Merged) else {None: delta}
         scores: dict[str, Score] = {}
+        if isinstance(delta, Merged) and (delta.router is not None or delta.heads == "realigned"):
+            logits = serving(delta, self.tvs.base.only_names(self.tvs.specs), self.tasks)
+            scores = {t: self.tasks.score(logits(t, "test"), t, "test") for t in self.tasks}
+            each: dict[str | None, Weights] = {}
+        else:
+            each = {t: delta.for_task(t) for t in self.tasks} if isinstance(delta, Merged) else {None: delta}
         for task, vector in each.items():
             started = time.perf_counter()
             with peak_memory() as peak:
                 write(self._theta, self.tvs.base, vector)
             seconds, most = seconds + time.perf_counter() - started, [*most, peak.bytes]
-            if not routed:
-                scores |= self._scores([task] if task else list(self.tasks))
-        if isinstance(delta, Merged) and routed:
-            logits = serving(delta, self.tvs.base.only_names(self.tvs.specs), self.tasks)
-            scores = {t: self.tasks.score(logits(t, "test"), t, "test") for t in self.tasks}
+            scores |= self._scores([task] if task else list(self.tasks))
         if isinstance(delta, Merged):
             size = storage(delta, self.tvs.base, self.tvs.experts)["all"]
         else:
