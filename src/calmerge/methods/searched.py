@@ -58,10 +58,13 @@ def searched(
         FitError: no trial had a finite score.
         MissingExtra: optuna is not installed.
 
-    >>> import inspect
-    >>> tuned = lambda tvs, tasks: searched(tvs, tasks=tasks, space={"task_arithmetic.scale": [0.1, 1.0]})
-    >>> inspect.signature(searched).parameters["budget"].default
-    30
+    >>> pool = torch.utils.data.DataLoader(torch.eye(2))
+    >>> encoder = torch.nn.Linear(2, 2, bias=False)
+    >>> tasks = calmerge.Tasks(calmerge.ModuleModel(encoder), {"a": calmerge.Task(pool)})
+    >>> tvs = task_vectors({"weight": torch.zeros(2, 2)}, {"a": {"weight": torch.eye(2)}})
+    >>> searched(tvs, tasks=tasks, space={"task_arithmetic.scale": [0.0, 1.0]}, strategy="grid", budget=3)["weight"]
+    tensor([[1., 0.],
+            [0., 1.]])
 
     Source: samplers of Akiba et al., "Optuna: A Next-generation Hyperparameter Optimization Framework", KDD 2019,
     arXiv 1907.10902; optuna/optuna (MIT).
