@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -51,6 +53,12 @@ def test_a_stopped_search_ends_as_if_it_had_not_been_stopped(strategy: Any, tmp_
     assert [(t.values, t.scores) for t in again.trials] == [(t.values, t.scores) for t in whole.trials]
     lines = (tmp_path / "search.trials.jsonl").read_text().splitlines()
     assert [json.loads(line)["scores"] for line in lines[1:]] == [list(t.scores or ()) for t in whole.trials]
+
+
+def test_a_first_search_says_nothing() -> None:
+    code = "from calmerge.fitting.search import Range, search; search(lambda v: v['x'], {'x': Range(0, 1)}, budget=2)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -328,12 +329,14 @@ class _Journal:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Optuna neither logs its trials nor warns of what it calls experimental."""
-    log = logging.getLogger("optuna")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with suppress(ImportError):  # _study says so
+            import_module("optuna")  # sets up its log when it is first imported
+        log = logging.getLogger("optuna")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
             yield
-    finally:
-        log.setLevel(level)
+        finally:
+            log.setLevel(level)
