@@ -145,6 +145,11 @@ def test_an_empty_test_split_is_refused() -> None:
         problem(cars=Task(Examples(X), test=Examples(X[:0], torch.zeros(0).long()))).evaluate(W)
 
 
+def test_a_split_that_cannot_give_batches_is_refused_at_once() -> None:
+    with pytest.raises(DataError, match=r"task 'cars': its pool must be a DataLoader, .* got 'list'"):
+        problem(cars=Task([X]))  # type: ignore[arg-type]
+
+
 def test_a_transductive_task_has_a_test_split() -> None:
     with pytest.raises(DataError, match="task 'cars' is called transductive but has no test split"):
         problem(cars=Task(Examples(X), transductive=True))

@@ -149,12 +149,17 @@ class Tasks(Mapping[str, Task]):
         """One split of a task.
 
         Raises:
-            DataError: the task has no such split, or it is empty.
+            DataError: the task has no such split, it is empty, or no split at all.
         """
         found = getattr(self[name], split)
         if found is None:
             raise DataError(f"task '{name}' has no {split} split.")
         examples = from_loader(found) if isinstance(found, DataLoader) else found
+        if not hasattr(examples, "batch"):
+            raise DataError(
+                f"task '{name}': its {split} must be a DataLoader, or have len() and batch(indices), got "
+                f"'{type(examples).__name__}'. Wrap a dataset as DataLoader(dataset)."
+            )
         if len(examples) == 0:
             advice = "pool is empty; unlabelled examples are what a method adapts on."
             raise DataError(f"task '{name}': its {advice if split == 'pool' else f'{split} split is empty.'}")
