@@ -14,6 +14,7 @@ from torch import Tensor
 from calmerge._errors import FitError, UsageError
 from calmerge._run import Run
 from calmerge._weights import Weights
+from calmerge.report.traces import FitTrace
 from calmerge.tasks.base import Gradient
 
 Params = Mapping[str, Tensor]
@@ -47,6 +48,15 @@ class Fitted:
     observed: dict[str, list[float]] = field(default_factory=dict)
     watched: list[float] = field(default_factory=list)
     step: int = 0
+
+    @property
+    def total(self) -> list[float]:
+        """The loss summed over tasks, at every update."""
+        return [sum(step) for step in zip(*self.loss.values(), strict=True)]
+
+    def trace(self, **more: Any) -> FitTrace:
+        """What a report keeps of it, and `more` that the method knows."""
+        return FitTrace(loss=self.total, per_task=self.loss, held_out=self.watched, **more)
 
 
 @dataclass(frozen=True)

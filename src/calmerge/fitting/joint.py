@@ -13,7 +13,6 @@ from calmerge._weights import StateDict
 from calmerge.fitting.fit import Watch, cosine, empty, fit, write
 from calmerge.fitting.parametrise import Parametrisation
 from calmerge.fitting.samplers import Pool, shuffled
-from calmerge.report.traces import FitTrace
 from calmerge.tasks.base import Batch, Objective, Tasks
 
 
@@ -97,11 +96,7 @@ def fit_jointly(
         label=label,
         key=key,
     )
-    run.trace[label] = FitTrace(
-        loss=[sum(step) for step in zip(*fitted.loss.values(), strict=True)],
-        per_task=fitted.loss,
-        held_out=fitted.watched,
-    )
+    run.trace[label] = fitted.trace()
     return materialise(parametrisation.merged(fitted.params))
 
 

@@ -1,6 +1,6 @@
 """Which unlabelled examples take part, what they should come out as, and in which batches they come."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calmerge._random import permutation
 from calmerge._signature import KeepFraction, check, raise_together
-from calmerge.tasks.base import Batch, Batches
+from calmerge.tasks.base import Batch, Batches, Tasks
 
 Sampling = Literal["class_balanced", "plain", "all"]
 
@@ -40,6 +40,11 @@ class Pool:
 
     def _at(self, chosen: Tensor) -> "Pool":
         return Pool(self.indices[chosen], None if self.targets is None else self.targets[chosen])
+
+
+def whole_pools(tasks: Tasks, names: Iterable[str]) -> dict[str, Pool]:
+    """Every example of the pools of some tasks, for objectives without targets."""
+    return {task: Pool(torch.arange(len(tasks.split(task, "pool")))) for task in names}
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from calmerge._task_vectors import TaskVectors, materialise
 from calmerge._weights import Weights
 from calmerge.fitting.fit import Params, fit
 from calmerge.fitting.objectives import entropy
-from calmerge.fitting.samplers import Pool, shuffled
+from calmerge.fitting.samplers import shuffled, whole_pools
 from calmerge.methods.ties import ties_split
 from calmerge.pieces.blend import blend
-from calmerge.report.traces import Coefficients, FitTrace
+from calmerge.report.traces import Coefficients
 from calmerge.tasks.base import Batches, Tasks
 
 
@@ -111,7 +111,7 @@ def learned_coefficients(
 
         return blend(tvs, used)
 
-    pools = {t: Pool(torch.arange(len(tasks.split(t, "pool")))) for t in on}
+    pools = whole_pools(tasks, on)
     settings = [per, init, clamp, lr, batch, batches, seed, list(on)]
     fitted = fit(
         merged,
@@ -125,9 +125,7 @@ def learned_coefficients(
         key=json.dumps(settings) + tvs.fingerprint,
     )
     lam = fitted.params["coefficients"]
-    run.trace[label.lower()] = FitTrace(
-        loss=[sum(step) for step in zip(*fitted.loss.values(), strict=True)],
-        per_task=fitted.loss,
+    run.trace[label.lower()] = fitted.trace(
         coefficients=Coefficients(
             tasks=list(tvs.tasks),
             tensors=names if per == "tensor" else ["all tensors"],

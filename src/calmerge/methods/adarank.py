@@ -15,10 +15,9 @@ from calmerge._weights import Weights
 from calmerge.fitting.fit import fit
 from calmerge.fitting.gates import singular_gates
 from calmerge.fitting.objectives import entropy
-from calmerge.fitting.samplers import Pool, shuffled
+from calmerge.fitting.samplers import shuffled, whole_pools
 from calmerge.methods.average import average
 from calmerge.pieces.matrices import TABLES
-from calmerge.report.traces import FitTrace
 from calmerge.tasks.base import Batches, Tasks
 
 
@@ -78,7 +77,7 @@ def adarank(
     run, tvs = run or Run(), tvs.to(tasks.device)
     centre = materialise(average(tvs)) if start == "average" else materialise(tvs.of(tvs.tasks[0]).map(_nothing))
     deviations = tvs.transform(lambda tau, c, site: tau - c, centre)
-    pools = {t: Pool(torch.arange(len(tasks.split(t, "pool")))) for t in tvs.tasks}
+    pools = whole_pools(tasks, tvs.tasks)
     with tempfile.TemporaryDirectory(prefix="calmerge-adarank-") as folder:
         gates = singular_gates(
             centre,
@@ -99,9 +98,7 @@ def adarank(
             label="AdaRank",
             key=f"{options}{seed}{tvs.fingerprint}",
         )
-        run.trace["adarank"] = FitTrace(
-            loss=[sum(step) for step in zip(*fitted.loss.values(), strict=True)], per_task=fitted.loss
-        )
+        run.trace["adarank"] = fitted.trace()
         return materialise(gates.merged(fitted.params))
 
 

@@ -12,10 +12,9 @@ from calmerge._weights import Weights
 from calmerge.fitting.concrete import Draw, Evaluation, final_masks, learn_masks, masked
 from calmerge.fitting.fit import Fitted
 from calmerge.fitting.objectives import entropy
-from calmerge.fitting.samplers import Pool, shuffled
+from calmerge.fitting.samplers import shuffled, whole_pools
 from calmerge.methods.adamerging import learned_coefficients
 from calmerge.methods.task_arithmetic import task_arithmetic
-from calmerge.report.traces import FitTrace
 from calmerge.tasks.base import Batches, Tasks
 
 
@@ -83,7 +82,7 @@ def concrete_task_arithmetic(
         label="Concrete",
         key=f"{options}{seed}{tvs.fingerprint}",
     )
-    run.trace["concrete_task_arithmetic"] = _trace(fitted)
+    run.trace["concrete_task_arithmetic"] = fitted.trace()
     masks = final_masks(_logits(fitted), temperature=temperature, evaluation=evaluation, seed=seed)
     return materialise(task_arithmetic(masked(tvs, masks), scale=scale))
 
@@ -170,8 +169,7 @@ def concrete_adamerging(
 
 
 def _draw(tvs: TaskVectors, tasks: Tasks, batch: int, seed: int) -> Batches:
-    pools = {t: Pool(torch.arange(len(tasks.split(t, "pool")))) for t in tvs.tasks}
-    return shuffled(pools, size=batch, count=1, seed=f"{seed} concrete")
+    return shuffled(whole_pools(tasks, tvs.tasks), size=batch, count=1, seed=f"{seed} concrete")
 
 
 def _shape(tvs: TaskVectors, per: str) -> tuple[int, ...]:
@@ -180,7 +178,3 @@ def _shape(tvs: TaskVectors, per: str) -> tuple[int, ...]:
 
 def _logits(fitted: Fitted) -> dict[str, Tensor]:
     return {name.removeprefix("mask/"): x for name, x in fitted.params.items()}
-
-
-def _trace(fitted: Fitted) -> FitTrace:
-    return FitTrace(loss=[sum(step) for step in zip(*fitted.loss.values(), strict=True)], per_task=fitted.loss)

@@ -14,7 +14,7 @@ from calmerge._task_vectors import TaskVectors, materialise
 from calmerge._weights import Weights
 from calmerge.fitting.concrete import Draw, Evaluation, final_masks, learn_masks, masked
 from calmerge.fitting.objectives import entropy
-from calmerge.fitting.samplers import Pool, shuffled
+from calmerge.fitting.samplers import shuffled, whole_pools
 from calmerge.methods.adamerging import learned_coefficients
 from calmerge.tasks.base import Model, Tasks
 
@@ -90,8 +90,7 @@ def dam(
     rest = {"batch": batch, "temperature": temperature, "evaluation": evaluation, "seed": seed}
     raise_together(check(dam, {"tasks": tasks, **options, **more, **rest}))
     run, tvs = run or Run(), tvs.to(tasks.device)
-    pools = {t: Pool(torch.arange(len(tasks.split(t, "pool")))) for t in tvs.tasks}
-    draw = shuffled(pools, size=batch, count=1, seed=f"{seed} concrete")
+    draw = shuffled(whole_pools(tasks, tvs.tasks), size=batch, count=1, seed=f"{seed} concrete")
     triggers = Triggers(tvs, tasks, lr=trigger_lr) if safety else None
     clean = tasks.gradient(entropy, draw)
 

@@ -13,7 +13,7 @@ from calmerge._task_vectors import Merge, TaskVectors, materialise
 from calmerge._weights import Site, StateDict, Weights, add
 from calmerge.fitting.fit import empty, write
 from calmerge.fitting.objectives import entropy, pseudo_label
-from calmerge.fitting.samplers import Pool, shuffled
+from calmerge.fitting.samplers import Pool, shuffled, whole_pools
 from calmerge.fitting.targets import expert_pools
 from calmerge.methods.adamerging import learned_coefficients
 from calmerge.methods.task_arithmetic import task_arithmetic
@@ -200,7 +200,7 @@ def _draw(
     tvs: TaskVectors, tasks: Tasks, on: Sequence[str], objective: str, samples: int, seed: int, run: Run
 ) -> Batches:
     if objective == "entropy":
-        pools = {t: Pool(torch.arange(len(tasks.split(t, "pool")))) for t in on}
+        pools = whole_pools(tasks, on)
     else:
         soft = expert_pools(tvs.only(on), tasks, run=run)
         pools = {t: Pool(p.indices, p.targets.argmax(1)) for t, p in soft.items() if p.targets is not None}

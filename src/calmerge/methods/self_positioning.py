@@ -13,7 +13,7 @@ from calmerge._signature import Count, Fraction, Interval, Positive, Seed, check
 from calmerge._task_vectors import TaskVectors, materialise
 from calmerge._weights import Weights
 from calmerge.fitting.fit import Params, Watch, fit
-from calmerge.fitting.samplers import Pool, shuffled
+from calmerge.fitting.samplers import shuffled, whole_pools
 from calmerge.pieces.blend import blend
 from calmerge.report.traces import Coefficients, FitTrace
 from calmerge.tasks.base import Batch, Tasks
@@ -77,7 +77,7 @@ def self_positioning(
             return params["w"]
         return params["w"].softmax(0) * params.get("scale", torch.ones(()))
 
-    pools = {t: Pool(torch.arange(len(tasks.split(t, "pool")))).split(hold_out, seed, t) for t in tvs.tasks}
+    pools = {t: pool.split(hold_out, seed, t) for t, pool in whole_pools(tasks, tvs.tasks).items()}
     held = [Batch(t, part) for t, (_, out) in pools.items() for part in torch.split(out.indices, batch)]
     learn = shuffled({t: seen for t, (seen, _) in pools.items()}, size=batch, count=1, fresh=True, seed=seed)
     fitted = fit(
@@ -94,7 +94,7 @@ def self_positioning(
     )
     found = position(fitted.params)
     run.trace["self_positioning"] = FitTrace(
-        loss=[sum(step) / n for step in zip(*fitted.loss.values(), strict=True)],
+        loss=[total / n for total in fitted.total],
         per_task=fitted.loss,
         held_out=fitted.watched,
         coefficients=Coefficients(tasks=list(tvs.tasks), tensors=["all tensors"], values=[found.tolist()]),
