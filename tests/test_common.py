@@ -178,6 +178,7 @@ TABLE = {
     ),
     "ram": Row(scales=False),
     "ram_plus": Row(scales=False),
+    "realign_heads": Row(scales=False, single=({}, 0.3), learns=True),
     "regmean": Row({"examples": 12}, scales=False, learns=True, random=True, rounds=True),
     "regmean_pp": Row({"examples": 12}, scales=False, learns=True, random=True, rounds=True),
     "sce": Row({"select_topk": 0.5}, single=({}, 1.0), rounds=True),
@@ -190,6 +191,9 @@ TABLE = {
     ),
     "slerp": Row({"t": 0.3}, permutes=False, scales=False, single=None, experts=2),
     "smile": Row({"rank": 2, "rest": "mean"}, single=({"rank": None, "rest": "mean"}, 1.0), rounds=True),
+    "surgery": Row(
+        {"steps": 2, "batch": 8}, scales=False, single=({}, 0.3), learns=True, random=True, beside=True
+    ),
     "svc": Row(rounds=True),
     "tall_masks": Row(),
     "task_arithmetic": Row(single=({}, 0.3)),

@@ -84,6 +84,8 @@ if TYPE_CHECKING:
     from calmerge.methods.self_positioning import self_positioning as self_positioning
     from calmerge.methods.slerp import slerp as slerp
     from calmerge.methods.smile import smile as smile
+    from calmerge.methods.surgery import realign_heads as realign_heads
+    from calmerge.methods.surgery import surgery as surgery
     from calmerge.methods.svc import svc as svc
     from calmerge.methods.tall_masks import consensus as consensus
     from calmerge.methods.tall_masks import tall_masks as tall_masks
@@ -183,6 +185,7 @@ _HOME = {
     "prodistill": "methods.prodistill",
     "ram": "methods.ram",
     "ram_plus": "methods.ram",
+    "realign_heads": "methods.surgery",
     "regmean": "methods.regmean",
     "regmean_pp": "methods.regmean",
     "save": "_save",
@@ -192,6 +195,7 @@ _HOME = {
     "self_positioning": "methods.self_positioning",
     "slerp": "methods.slerp",
     "smile": "methods.smile",
+    "surgery": "methods.surgery",
     "svc": "methods.svc",
     "tall_masks": "methods.tall_masks",
     "task_arithmetic": "methods.task_arithmetic",

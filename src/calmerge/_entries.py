@@ -113,6 +113,8 @@ ENTRIES: Mapping[str, Entry] = {
     "tall_masks": Entry("TALL-masks", "tall_masks"),
     "emr": Entry("EMR-Merging", "emr"),
     "tsv_c": Entry("TSV-C", "tsv_c"),
+    "surgery": Entry("TA + Surgery", "surgery"),
+    "realign_heads": Entry("TA + heads re-aligned", "realign_heads"),
     "smile": Entry("SMILE", {"smile": {"directions": 16}}),
     "twin_merging": Entry("Twin-Merging", "twin_merging"),
     "twin_merging_routed": Entry("Twin-Merging, routed", "twin_merging_routed"),

@@ -72,3 +72,10 @@ def test_features_are_what_the_head_is_given(tiny_suite: Path) -> None:
     features, logits = tasks.features(weights, "shapes"), tasks.logits(weights, "shapes")
     head = tvs.heads["shapes"]
     torch.testing.assert_close(features @ head["classifier.weight"].T + head["classifier.bias"], logits)
+
+
+def test_a_head_runs_alone(tiny_suite: Path) -> None:
+    tvs, tasks = open_suite(load_suite(tiny_suite))
+    found = tasks.outputs(tvs.expert("shapes"), "shapes")
+    with torch.no_grad():
+        torch.testing.assert_close(tasks.model.head(found.features, "shapes"), found.logits)  # type: ignore[attr-defined]

@@ -171,7 +171,12 @@ class Tasks(Mapping[str, Task]):
 
     def features(self, weights: Mapping[str, Tensor], task: str, split: Split = "pool") -> Tensor:
         """What the task's head is given for every example of a split: [n, ...], float32, in the split's order."""
-        return torch.cat([found.features.cpu() for found in self._over(weights, task, split, features=True)])
+        return self.outputs(weights, task, split).features
+
+    def outputs(self, weights: Mapping[str, Tensor], task: str, split: Split = "pool") -> Outputs:
+        """Class scores, and what the task's head is given, for every example of a split, float32, in its order."""
+        parts = zip(*self._over(weights, task, split, features=True), strict=True)
+        return Outputs(*(torch.cat([part.cpu() for part in one]) for one in parts))
 
     def _over(self, weights: Mapping[str, Tensor], task: str, split: Split, *, features: bool) -> Iterator[Any]:
         weights = {name: w.to(self.device) for name, w in weights.items()}

@@ -85,11 +85,22 @@ class HuggingFaceModel:
         output = functional_call(self._module, named | self._heads[task], (), dict(inputs))
         return Outputs(getattr(output, "logits", output), self._given.pop())
 
+    def head(self, features: Tensor, task: str) -> Tensor:
+        """Class scores [n, classes] of what the head's module is given."""
+        inner = len(self._head_path()) + 1
+        own = {name[inner:]: w for name, w in self._heads[task].items()}
+        scores: Tensor = functional_call(self._head_module(), own, (features,))
+        self._given.pop()
+        return scores
+
     def _head_module(self) -> torch.nn.Module:
         """The innermost module that holds all tensors of a head."""
+        return self._module.get_submodule(self._head_path())
+
+    def _head_path(self) -> str:
         paths = [name.split(".")[:-1] for name in next(iter(self._heads.values()))]
         shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
-        return self._module.get_submodule(".".join(parts[0] for parts in shared))
+        return ".".join(parts[0] for parts in shared)
 
     def _own(self, name: str) -> str:
         return name if name.startswith("head.") else self._prefix + name

@@ -81,11 +81,19 @@ class ModuleModel:
             )
         output = functional_call(self._module, known, args, kwargs)
         features: Tensor = getattr(output, "logits", output)
+        return Outputs(self.head(features, task), features)
+
+    def head(self, features: Tensor, task: str) -> Tensor:
+        """Class scores [n, classes] of what the task's head is given; the features themselves where there are no heads.
+
+        Raises:
+            DataError: the task has no head.
+        """
         if self._heads is None:
-            return Outputs(features, features)
+            return features
         if task not in self._heads:
             raise DataError(f"task '{task}' has no head; heads are given for {', '.join(self._heads)}.")
-        return Outputs(self._heads[task](features), features)
+        return self._heads[task](features)
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
