@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,13 +56,15 @@ def test_the_help_of_every_verb_begins_with_an_example(verb: str) -> None:
 
 
 def test_help_answers_in_half_a_second() -> None:
+    """Of processor time, which other work on the machine does not change."""
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-m", "calmerge.cli", "--help"], capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
+        after = os.times()
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert b"Example" in done.stdout
-    assert min(times) < 0.5
+    assert 0 < min(times) < 0.5
 
 
 def test_help_does_not_import_torch() -> None:
