@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from calmerge import add, emr, load_suite, materialise, open_suite
+from calmerge import add, emr, load_suite, materialise, open_merged, open_suite
 from calmerge._explain import explanation
 from calmerge.cli import app
 from calmerge.methods import METHODS
 from calmerge.recipe import recipe_from_dict
 from calmerge.report import results
+from calmerge.tasks.serving import serving
 
 VERBS = ["demo", "merge", "eval", "bench", "inspect", "list", "explain", "validate", "verify", "export"]
 
@@ -471,3 +472,29 @@ def test_demo_prints_its_report(tiny_suite: Path, tmp_path: Path, monkeypatch) -
     assert done.exit_code == 0
     assert "Averaging" in done.stdout
     assert (tmp_path / "demo" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("method", ["twin_merging_routed", "smile", "surgery", "realign_heads"])
+def test_routed_and_realigned_merges_are_scored_by_what_they_run(method: str, tiny_suite: Path, tmp_path: Path) -> None:
+    options = {"twin_merging_routed": "{steps: 5}", "surgery": "{steps: 5}"}.get(method, "{}")
+    (tmp_path / "recipe.yaml").write_text(
+        f"tasks: {{suite: {tiny_suite}}}\nmerge: {{{method}: {options}}}\nout: merged\n"
+    )
+    shown = call("merge", tmp_path / "recipe.yaml", "--quiet")
+    assert shown.exit_code == 0, shown.stderr
+    routed, realigned = method in ("twin_merging_routed", "smile"), method in ("surgery", "realign_heads")
+    assert ("router" in shown.stdout) == routed
+    assert ("calmerge export" in shown.stdout) != realigned
+    row = results.load(tmp_path / "merged" / "report.json").rows[0]
+    assert (row.per_task, row.heads) == (True, "realigned" if realigned else "frozen")
+    scored = json.loads(call("eval", tmp_path / "merged", "--suite", tiny_suite, "--json").stdout)
+    assert set(scored) == {"merged", *(["routed"] if routed else [])}
+    tvs, tasks = open_suite(load_suite(tiny_suite))
+    found = serving(open_merged(tmp_path / "merged"), tvs.base.only_names(tvs.specs), tasks)
+    for task, score in scored["routed" if routed else "merged"].items():
+        assert score["accuracy"] == tasks.score(found(task, "test"), task, "test").accuracy
+    table = call("eval", tmp_path / "merged", "--suite", tiny_suite, "--experts").stdout
+    assert ("routed" in table) == routed
+    assert "of the experts" in table
+    done = call("export", tmp_path / "merged", "--task", "shapes", "--out", tmp_path / "shapes")
+    assert done.exit_code == (2 if realigned else 0), done.stderr

@@ -174,7 +174,7 @@ def run_recipe(
     inner = replace(run, folder=state)
     started = time.perf_counter()
     delta = build(recipe)(tvs, tasks, inner)
-    report = _report(recipe, tvs, inner, command, seconds=time.perf_counter() - started)
+    report = _report(recipe, tvs, delta, inner, command, seconds=time.perf_counter() - started)
     if recipe.out.adapter is not None:
         manifest = _as_adapter(recipe, path, tvs, delta, report, run)
     else:
@@ -249,7 +249,9 @@ def _open(recipe: Recipe, run: Run) -> "tuple[TaskVectors, Tasks | None]":
     return open_suite(recipe.tasks, run=run)
 
 
-def _report(recipe: Recipe, tvs: TaskVectors, run: Run, command: str | None, *, seconds: float) -> "Report":
+def _report(
+    recipe: Recipe, tvs: TaskVectors, delta: Weights | Merged, run: Run, command: str | None, *, seconds: float
+) -> "Report":
     from calmerge.report import results
     from calmerge.report.traces import FrontTrace, SearchTrace
 
@@ -268,6 +270,8 @@ def _report(recipe: Recipe, tvs: TaskVectors, run: Run, command: str | None, *, 
         seconds=seconds,
         data="validation labels" if labelled else "unlabelled pool" if learns else "none",
         split=("transductive" if transductive else "inductive") if learns else "none",
+        per_task=isinstance(delta, Merged),
+        heads=delta.heads if isinstance(delta, Merged) else "frozen",
         trace=trace,
     )
     input_hashes(tvs)  # all at once; each is known from here on
@@ -285,7 +289,7 @@ def _report(recipe: Recipe, tvs: TaskVectors, run: Run, command: str | None, *, 
             ]
         },
         seeds=[recipe.seed] if recipe.seed is not None else [],
-        protocol=results.Protocol(split=row.split),
+        protocol=results.Protocol(split=row.split, heads=row.heads),
         tasks=[results.TaskInfo(name=task) for task in tvs.tasks],
         rows=[row],
     )

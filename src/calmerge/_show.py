@@ -132,8 +132,9 @@ def scores(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     means = {w: sum(s["accuracy"] for s in found[w].values()) / len(tasks) for w in who}
     rows.append(["mean", *(f"{100 * means[w]:.1f}" for w in who)])
     if "experts" in found:
-        level = sum(found["merged"][t]["accuracy"] / max(found["experts"][t]["accuracy"], 1e-12) for t in tasks)
-        rows.append(["of the experts", f"{100 * level / len(tasks):.1f}", "100.0"])
+        own = {t: max(score["accuracy"], 1e-12) for t, score in found["experts"].items()}
+        shares = (sum(found[w][t]["accuracy"] / own[t] for t in tasks) / len(tasks) for w in who)
+        rows.append(["of the experts", *(f"{100 * share:.1f}" for share in shares)])
     table(["task", *who], rows, right=who)
 
 
