@@ -14,6 +14,8 @@ from calmerge._weights import Spec, Weights
 from calmerge._writer import write_json, write_side_by_side
 
 if TYPE_CHECKING:
+    import torch
+
     from calmerge.tasks.base import Model
 
 _KINDS = {
@@ -67,8 +69,8 @@ class Router(Protocol):
     def stored(self) -> Weights:
         """The tensors that a file of it holds."""
 
-    def over(self, model: "Model", base: Weights, merged: "Merged") -> "Model":
-        """The model at work: it routes its inputs itself, whatever weights it is called with."""
+    def over(self, model: "Model", base: Weights, merged: "Merged", *, device: "torch.device" = ...) -> "Model":
+        """The model at work, its weights on `device`: it routes its inputs itself, whatever weights it is given."""
 
     @classmethod
     def restore(cls, stored: Weights, tasks: tuple[str, ...]) -> "Router":

@@ -19,8 +19,10 @@ from calmerge import (
     open_merged,
     realign_heads,
     save,
+    smile,
     surgery,
     tall_masks,
+    twin_merging_routed,
 )
 from calmerge.pieces.head_patch import SurgeryPatch
 from calmerge.pieces.least_squares import affine_fit
@@ -194,6 +196,18 @@ def test_results_are_declared_and_never_among_frozen_heads(method: Any, toy: Any
         assert torch.equal(one, two)
     with pytest.raises(UsageError, match="changes what the heads are given, which the architecture of 'a' has no"):
         export(tmp_path / "out", "a", tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", [surgery, realign_heads, smile, twin_merging_routed])
+def test_a_lower_precision_of_the_model_is_its_own_affair(method: Any, toy: Any) -> None:
+    """Routers, mixtures and patches compute in float32 beside a model in bfloat16."""
+    data = {t: toy.tasks[t] for t in toy.tvs.tasks}
+    options = {} if method is smile else {"tasks": toy.tasks}
+    merged = method(toy.tvs, **options)
+    half = Tasks(toy.tasks.model, data, autocast=torch.bfloat16)
+    for task in toy.tvs.tasks:
+        one, two = (serving(merged, base_of(toy), tasks)(task, "test") for tasks in (toy.tasks, half))
+        assert (one - two).abs().median() < 0.05 * one.abs().max()
 
 
 def test_a_model_that_does_not_run_its_heads_alone_is_named(toy: Any) -> None:

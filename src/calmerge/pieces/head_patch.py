@@ -34,7 +34,10 @@ class SurgeryPatch:
 
     def scores(self, features: Tensor, head: Head) -> Tensor:
         """Class scores of the corrected features, [n, ..., d] to [n, classes]."""
-        return head(operated(features, self.stored["down"].to(features), self.stored["up"].to(features)))
+        z = features.float()
+        with torch.autocast(z.device.type, enabled=False):
+            corrected = operated(z, self.stored["down"].to(z), self.stored["up"].to(z))
+        return head(corrected)
 
     @classmethod
     def restore(cls, stored: Weights, shared: Weights) -> "SurgeryPatch":
@@ -78,8 +81,10 @@ class AffinePatch:
     def scores(self, features: Tensor, head: Head) -> Tensor:
         """Class scores, [n, ..., d] to [n, classes]."""
         what = "features" if "features/weight" in self.stored else "logits"
-        added = features @ self.stored[f"{what}/weight"].to(features).T + self.stored[f"{what}/bias"].to(features)
-        return head(features + added) if what == "features" else head(features) + added
+        z = features.float()
+        with torch.autocast(z.device.type, enabled=False):
+            added = z @ self.stored[f"{what}/weight"].to(z).T + self.stored[f"{what}/bias"].to(z)
+        return head(z + added) if what == "features" else head(features) + added
 
     @classmethod
     def restore(cls, stored: Weights, shared: Weights) -> "AffinePatch":

@@ -11,10 +11,11 @@ from torch.nn.functional import leaky_relu, linear
 from calmerge._merged import Merged
 from calmerge._random import uniform
 from calmerge._task_vectors import materialise
-from calmerge._weights import StateDict, Weights, add
+from calmerge._weights import Weights, add
 from calmerge.tasks.base import FeatureModel, Model, Outputs, told
 
 _STEP = 1 / 256  # to which weights over tasks are told apart: inputs with equal ones share a model
+CPU = torch.device("cpu")
 _EPSILON = 1e-5  # added to variances
 
 
@@ -33,11 +34,12 @@ class NeuralRouter:
 
     def __call__(self, features: Tensor) -> Tensor:
         """Weights over the tasks that sum to 1: [inputs, d] to [inputs, T]."""
-        return router_logits(self.stored, features.cpu().float()).softmax(1)
+        with torch.autocast("cpu", enabled=False):
+            return router_logits(self.stored, features.cpu().float()).softmax(1)
 
-    def over(self, model: Model, base: Weights, merged: Merged) -> Model:
+    def over(self, model: Model, base: Weights, merged: Merged, *, device: torch.device = CPU) -> Model:
         """The model which mixes its weights for every input."""
-        return Mixture(told(model), base, merged, self)
+        return Mixture(told(model), base, merged, self, device=device)
 
     @classmethod
     def restore(cls, stored: Weights, tasks: tuple[str, ...]) -> "NeuralRouter":
@@ -104,15 +106,19 @@ class Mixture:
         base: theta_0, with every tensor that the model is to be given.
         merged: theta_s and theta_t, all of which are held in memory.
         router: w, from the features that theta_s gives.
+        device: where the model computes.
     """
 
-    def __init__(self, model: FeatureModel, base: Weights, merged: Merged, router: NeuralRouter) -> None:
+    def __init__(
+        self, model: FeatureModel, base: Weights, merged: Merged, router: NeuralRouter, *, device: torch.device = CPU
+    ) -> None:
         self._model, self._router = model, router
-        self._shared = materialise(add(base, merged.shared, dtype=torch.float32))
+        shared = materialise(add(base, merged.shared, dtype=torch.float32))
         own = {task: merged.for_task(task) for task in router.tasks}
         moved = {n for vector in own.values() for n in vector.specs}
         experts = [add(base.only_names(moved), vector, dtype=torch.float32) for vector in own.values()]
-        self._exclusive = StateDict({n: torch.stack([e.read(n) - self._shared[n] for e in experts]) for n in moved})
+        self._exclusive = {n: torch.stack([e.read(n) - shared[n] for e in experts]).to(device) for n in moved}
+        self._shared = {n: w.to(device) for n, w in shared.items()}
 
     def logits(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Tensor:
         """Class scores [n, classes] under the head of `task`; `weights` are not asked for."""
@@ -125,17 +131,26 @@ class Mixture:
         parts, places = [], []
         for i, mixture in enumerate(mixtures * _STEP):
             places.append((which == i).nonzero()[:, 0])
-            theta = {n: s + torch.tensordot(mixture, self._exclusive[n], 1) if n in self._exclusive else s
-                     for n, s in self._shared.items()}  # fmt: skip
-            parts.append(self._model.outputs(theta, _some(inputs, places[-1]), task))
+            parts.append(self._model.outputs(self._mixed(mixture), _some(inputs, places[-1]), task))
         back = torch.cat(places).argsort()
-        return Outputs(*(torch.cat(part)[back] for part in zip(*parts, strict=True)))
+        return Outputs(*(torch.cat(part)[back.to(part[0].device)] for part in zip(*parts, strict=True)))
+
+    def _mixed(self, mixture: Tensor) -> dict[str, Tensor]:
+        def one(name: str) -> Tensor:
+            shared = self._shared[name]
+            if name not in self._exclusive:
+                return shared
+            added: Tensor = torch.tensordot(mixture.to(shared), self._exclusive[name], 1)
+            return shared + added
+
+        with torch.autocast(next(iter(self._shared.values())).device.type, enabled=False):  # in float32
+            return {name: one(name) for name in self._shared}
 
 
 def _some(inputs: Any, chosen: Tensor) -> Any:
     """Some of the inputs of a batch."""
     if isinstance(inputs, Tensor):
-        return inputs[chosen]
+        return inputs[chosen.to(inputs.device)]
     if isinstance(inputs, Mapping):
         return {k: _some(v, chosen) for k, v in inputs.items()}
     if isinstance(inputs, tuple | list):

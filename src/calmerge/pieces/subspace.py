@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from calmerge._errors import DataError
 from calmerge._merged import Merged
-from calmerge._task_vectors import materialise
 from calmerge._weights import StateDict, Weights, add
 from calmerge.pieces.factor_patch import LEFT, RIGHT, WHOLE, FactorPatch
 from calmerge.tasks.base import Model, Outputs, told
 from calmerge.tasks.taps import OpenModel, is_transposed, linear_layers, shown
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class SubspaceRouter:
         """The two numbers."""
         return StateDict({"directions": torch.tensor(self.directions), "top": torch.tensor(self.top)})
 
-    def over(self, model: Model, base: Weights, merged: Merged) -> Model:
+    def over(self, model: Model, base: Weights, merged: Merged, *, device: torch.device = CPU) -> Model:
         """The model whose linear layers route their tokens."""
-        return TokenRouted(shown(model, "linear layers are routed here"), base, merged, self)
+        return TokenRouted(shown(model, "linear layers are routed here"), base, merged, self, device=device)
 
     @classmethod
     def restore(cls, stored: Weights, tasks: tuple[str, ...]) -> "SubspaceRouter":
@@ -116,14 +117,18 @@ class TokenRouted:
         base: theta_0, with every tensor that the model is to be given.
         merged: what all share beside these layers, and the factors.
         router: how many directions and experts.
+        device: where the model computes.
 
     Raises:
         DataError: such a layer is part of an attention that never calls it, so that nothing can be added.
     """
 
-    def __init__(self, model: OpenModel, base: Weights, merged: Merged, router: SubspaceRouter) -> None:
+    def __init__(
+        self, model: OpenModel, base: Weights, merged: Merged, router: SubspaceRouter, *, device: torch.device = CPU
+    ) -> None:
         self._model, self._router = model, router
-        self._weights = materialise(add(base, merged.shared, dtype=torch.float32))
+        weights = add(base, merged.shared, dtype=torch.float32)
+        self._weights = {name: w.to(device) for name, w in weights.items()}
         patches = [patch for patch in (merged.patches[t] for t in router.tasks) if isinstance(patch, FactorPatch)]
         base_name = {own: name for name, own in model.names.items()}
         self._layers: list[tuple[nn.Module, LayerExperts]] = []
@@ -135,9 +140,9 @@ class TokenRouted:
                     f"layer: its tokens cannot be routed. Merge with skip: ['{name}']."
                 )
             layer = model.module.get_submodule(path)
-            sides = [[patch.under(side)[name].contiguous() for patch in patches] for side in (RIGHT, LEFT)]
+            sides = [[patch.under(side)[name].contiguous().to(device) for patch in patches] for side in (RIGHT, LEFT)]
             bias = base_name.get(f"{path}.bias".lstrip("."), "")
-            biases = [p.under(WHOLE)[bias] for p in patches] if bias in patches[0].under(WHOLE) else None
+            biases = [p.under(WHOLE)[bias].to(device) for p in patches] if bias in patches[0].under(WHOLE) else None
             right, left = reversed(sides) if is_transposed(layer) else sides
             self._layers.append((layer, LayerExperts(right, left, biases)))
 
@@ -156,7 +161,11 @@ class TokenRouted:
         options = {"directions": self._router.directions, "top": self._router.top}
 
         def hook(experts: LayerExperts) -> Any:
-            return lambda layer, args, y: y + experts.added(args[0], **options).to(y)
+            def added(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+                with torch.autocast(y.device.type, enabled=False):  # lengths are compared in float32
+                    return y + experts.added(args[0].float(), **options).to(y)
+
+            return added
 
         hooks = [layer.register_forward_hook(hook(experts)) for layer, experts in self._layers]
         try:

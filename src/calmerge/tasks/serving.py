@@ -69,7 +69,7 @@ def serving(
         DataError: the model does not show what the router or the patches work on.
     """
     if merged.router is not None and routed is not False:
-        own = tasks.with_model(merged.router.over(tasks.model, base, merged))
+        own = tasks.with_model(merged.router.over(tasks.model, base, merged, device=tasks.device))
         return lambda task, split: own.logits({}, task, split)
     if merged.heads == "realigned":
         tasks = tasks.with_model(Realigned(tasks.model, merged.patches))  # type: ignore[arg-type]
