@@ -162,7 +162,7 @@ class Bench:
             _parametrisation(cell, start, tvs),
             objective[cell.objective],
             self.pools(cell, seen),
-            Schedule(steps, cell.lr or LR[cell.parametrisation], cell.batch, cell.balance, cell.hold_out, cell.seed),
+            Schedule(steps, cell.lr or LR[cell.parametrisation], cell.batch, cell.hold_out, cell.seed, cell.balance),
             tvs=self.tvs,
             tasks=self.tasks,
             features=cell.objective == "features",

@@ -9,29 +9,59 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flagship import CONFIRM, FACTORS, Cell, confirm, effects, factorial
+from flagship import CONFIRM, FACTORS, HALVED, Cell, confirm, effects, factorial, halved, levers, pool
 
 Cells = Sequence[Mapping[str, Any]]
-SUITES = {"vision": (factorial, FACTORS), "text": (confirm, CONFIRM)}
+FACTORIALS = (
+    ("vision", "factorial", factorial, FACTORS),
+    ("vision", "halved", halved, HALVED),
+    ("text", "confirm", confirm, CONFIRM),
+)
 
 
 def main() -> None:
     out = Path(sys.argv[1])
     lines = ["# What came out", "", "Written by `python bench/flagship_report.py docs/experiments`; do not edit.", ""]
-    for suite, (design, factors) in SUITES.items():
-        cells = [found for cell in design(suite) if (found := read(out, cell))]
+    for suite in ("vision", "text"):
         lines += [f"## {suite}: starts alone", "", *references(out, suite), ""]
-        if len(cells) < len(list(design(suite))):
-            lines += [f"The factorial is not finished: {len(cells)} of {len(list(design(suite)))} cells.", ""]
-            continue
-        lines += [f"## {suite}: main effects of {len(cells)} cells", ""]
-        for measure, words in (("normalised", "mean over tasks, % of the experts"), ("worst", "worst task, %")):
-            lines += [*table(effects(cells, measure, factors), words), ""]
-        picture = out / f"effects-{suite}.svg"
-        title = f"{suite}: points against the mean of all cells"
-        picture.write_text(plot(effects(cells, "normalised", factors), title))
-        lines += [f"![Main effects on {suite}]({picture.name})", "", f"## {suite}: all cells", "", *rows(cells), ""]
+    for suite, name, design, factors in FACTORIALS:
+        lines += fraction(out, suite, name, list(design(suite)), factors)
+    for suite in ("vision", "text"):
+        for name, chosen in (("levers", levers), ("pool", pool)):
+            lines += listed(out, suite, name, list(chosen(suite)))
     (out / "results.md").write_text("\n".join(lines))
+
+
+def fraction(
+    out: Path, suite: str, name: str, design: Sequence[Cell], factors: Mapping[str, tuple[str, ...]]
+) -> list[str]:
+    """Main effects of a design with their picture, and its cells."""
+    cells = [found for cell in design if (found := read(out, cell))]
+    if len(cells) < len(design):
+        return [f"## {suite}, `{name}`", "", f"Not finished: {len(cells)} of {len(design)} cells.", ""]
+    lines = [f"## {suite}, `{name}`: main effects of {len(cells)} cells", ""]
+    for measure, words in (("normalised", "mean over tasks, % of the experts"), ("worst", "worst task, %")):
+        lines += [*table(effects(cells, measure, factors), words), ""]
+    picture = out / f"effects-{suite}-{name}.svg"
+    title = f"{suite}, {name}: points against the mean of all cells"
+    picture.write_text(plot(effects(cells, "normalised", factors), title))
+    return [*lines, f"![Main effects, {suite}, {name}]({picture.name})", "", *rows(cells), ""]
+
+
+def listed(out: Path, suite: str, name: str, design: Sequence[Cell]) -> list[str]:
+    """The finished cells of a design without effects."""
+    lines = [f"## {suite}, `{name}`", ""]
+    cells = [(cell, found) for cell in design if (found := read(out, cell))]
+    if not cells:
+        return [*lines, "Not begun.", ""]
+    lines += ["| what moves | limit | balanced | pool | seed | mean | worst task |"]
+    lines += ["| :-- | --: | :-- | :-- | --: | --: | --: |"]
+    for cell, found in cells:
+        lines.append(
+            f"| {cell.parametrisation} | {cell.limit or '-'} | {'yes' if cell.balance else 'no'} "
+            f"| {cell.bad_pool or cell.pool} | {cell.seed} | {found['normalised']:.1f} | {found['worst']:.1f} |"
+        )
+    return [*lines, ""]
 
 
 def read(out: Path, cell: Cell) -> Mapping[str, Any] | None:

@@ -404,10 +404,9 @@ def test_the_same_call_gives_the_same_bytes_whatever_was_drawn_before(name: str,
     assert same_bytes(first, merged(name, toy))
 
 
-@where("random")
+@pytest.mark.parametrize("name", [n for n, row in sorted(TABLE.items()) if row.random and not row.beside])
 def test_a_seed_decides_where_there_is_one(name: str, toy: Any) -> None:
-    if TABLE[name].beside:
-        pytest.skip("tested with the method: the weights do not depend on what is drawn")
+    """Of what a method trains beside the weights (a router), its own tests ask the same."""
     first = merged(name, toy, seed=0)
     assert same_bytes(first, merged(name, toy, seed=0))
     more = {"steps": 20, "share": 0.3} if name == "calm" else {}

@@ -344,6 +344,8 @@ def own_names(tvs: TaskVectors, task: str) -> dict[str, str]:
 
 
 class Stacked(Computed):
+    """What a function makes of stacks [T, ...]: rows are counted along the second dimension."""
+
     row_dim = 1
 
 

@@ -14,7 +14,7 @@ from calmerge.fitting.parametrise import moved, span
 from calmerge.fitting.targets import expert_pools
 from calmerge.tasks.base import Batch
 
-QUICK = Schedule(steps=20, lr=0.02, batch=8, balance=False, hold_out=0.0, seed=0)
+QUICK = Schedule(steps=20, lr=0.02, batch=8, hold_out=0.0, seed=0)
 
 
 def joint(toy: Any, schedule: Schedule, **options: Any) -> StateDict:

@@ -23,17 +23,17 @@ class Schedule(NamedTuple):
         steps: updates with Adam, its step size falling to 0 along a cosine.
         lr: the step size at first.
         batch: examples of each task in every update.
-        balance: divide every task's loss by its value at the start, so that no task's scale decides.
         hold_out: share of every pool on which the best update is chosen; 0 takes the last.
         seed: with the task and the update it decides which examples are drawn.
+        balance: divide every task's loss by its value at the start.
     """
 
     steps: int
     lr: float
     batch: int
-    balance: bool
     hold_out: float
     seed: int
+    balance: bool = False
 
 
 def fit_jointly(

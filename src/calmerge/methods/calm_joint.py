@@ -21,18 +21,17 @@ def calm_joint(
     inner: Merge | None = None,
     steps: Annotated[int, Interval(0)] = 300,
     lr: Positive = 0.03,
-    limit: Positive | None = 1.0,
     batch: Count = 16,
-    balance: bool = True,
     hold_out: Fraction = 0.2,
     seed: Seed = 0,
     run: Run | None = None,
 ) -> Weights:
     """A spectral merge moved, within reach of the experts, to where all of them agree with it at once.
 
-    theta = theta_0 + tau_s + clamp(u, -c, c) r,  r = sum_t |tau_t|, tau_s the start's merge, u = 0 at first;
+    theta = theta_0 + tau_s + u r,  r = sum_t |tau_t|, tau_s the start's merge, u = 0 at first;
     minimise over u  sum_t (1 / L_t(0)) 4 KL(softmax(z_t(x) / 2) || softmax(z(x) / 2))  on unlabelled x of every task,
-    z_t the logits of the task's own expert and L_t(0) the task's loss at the start.
+    z_t the logits of the task's own expert and L_t(0) the task's loss at the start, so that a task which is near its
+    expert is not given up for one that is far.
 
     What it keeps of CALM: one model that all tasks consent to, frozen heads, unlabelled inputs, entries that no expert
     moved stay the base's. What differs: no order of tasks, soft targets of the experts instead of hard labels, one
@@ -44,9 +43,7 @@ def calm_joint(
         inner: the merge it starts from; TSV-Merge when None.
         steps: updates with Adam at most; its step size falls to 0 along a cosine.
         lr: the step size at first, in units of the reach r of every entry: no entry's scale decides.
-        limit: c, how far an entry may go in units of r; None bounds nothing.
         batch: inputs of every task in each update.
-        balance: divide every task's loss by its value at the start.
         hold_out: share of every pool on which, without labels, the best update is chosen; 0 takes the last.
         seed: with the task and the update it decides which inputs are drawn.
         run: progress, resumable state, and the trace.
@@ -59,24 +56,24 @@ def calm_joint(
         FitError: a loss is not finite.
 
     >>> import inspect
-    >>> inspect.signature(calm_joint).parameters["limit"].default
-    1.0
+    >>> inspect.signature(calm_joint).parameters["lr"].default
+    0.03
 
     Source: calmerge's own, after Yan, Xu, Jia, Zhang et al., "CALM: Consensus-Aware Localized Merging for Multi-Task
-    Learning", ICML 2025; its parts were chosen by the experiments in docs/experiments.
+    Learning", ICML 2025. A candidate: docs/experiments tells what its parts have been shown to bring, and what not yet.
     """
-    options = {"steps": steps, "lr": lr, "limit": limit, "batch": batch, "balance": balance, "hold_out": hold_out}
-    raise_together(check(calm_joint, {"tasks": tasks, "seed": seed, **options}))
+    options = {"steps": steps, "lr": lr, "batch": batch, "hold_out": hold_out, "seed": seed}
+    raise_together(check(calm_joint, {"tasks": tasks, **options}))
     tvs = tvs.to(tasks.device)
     start = materialise((inner or tsv_m)(tvs))
     return fit_jointly(
-        span(start, materialise(reach(tvs)), limit=limit),
+        span(start, materialise(reach(tvs))),
         expert_kl,
         expert_pools(tvs, tasks, run=run),
-        Schedule(steps, lr, batch, balance, hold_out, seed),
+        Schedule(steps, lr, batch, hold_out, seed, balance=True),
         tvs=tvs,
         tasks=tasks,
         run=run,
         label="calm_joint",
-        key=f"{options}{seed}{tvs.fingerprint}{start.fingerprint}",
+        key=f"{options}{tvs.fingerprint}{start.fingerprint}",
     )

@@ -22,7 +22,6 @@ def distillation(
     steps: Annotated[int, Interval(0)] = 300,
     lr: Positive = 1e-4,
     batch: Count = 16,
-    balance: bool = False,
     hold_out: Fraction = 0.0,
     seed: Seed = 0,
     run: Run | None = None,
@@ -39,7 +38,6 @@ def distillation(
         steps: updates with Adam; its step size falls to 0 along a cosine.
         lr: the step size at first.
         batch: inputs of every task in each update.
-        balance: divide every task's loss by its value at the start.
         hold_out: share of every pool on which, without labels, the best update is chosen; 0 takes the last.
         seed: with the task and the update it decides which inputs are drawn.
         run: progress, resumable state, and the trace.
@@ -58,7 +56,7 @@ def distillation(
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 2015, with T teachers and
     one student that starts as their merge.
     """
-    options = {"steps": steps, "lr": lr, "batch": batch, "balance": balance, "hold_out": hold_out, "seed": seed}
+    options = {"steps": steps, "lr": lr, "batch": batch, "hold_out": hold_out, "seed": seed}
     raise_together(check(distillation, {"tasks": tasks, **options}))
     tvs = tvs.to(tasks.device)
     start = materialise((inner or average)(tvs))
@@ -66,7 +64,7 @@ def distillation(
         span(start, materialise(moved(tvs))),
         expert_kl,
         expert_pools(tvs, tasks, run=run),
-        Schedule(steps, lr, batch, balance, hold_out, seed),
+        Schedule(steps, lr, batch, hold_out, seed),
         tvs=tvs,
         tasks=tasks,
         run=run,
