@@ -38,7 +38,10 @@ def test_a_tensor_of_one_entry_always_has_mask_one() -> None:
 
 def test_the_mask_is_scaled_by_tensor_and_not_over_the_model() -> None:
     masks = final_masks(
-        {"a": torch.tensor([5.0, 5.0]), "b": torch.tensor([-5.0, -5.0])}, temperature=0.5, evaluation="expected", seed=0
+        {"mask/a": torch.tensor([5.0, 5.0]), "mask/b": torch.tensor([-5.0, -5.0])},
+        temperature=0.5,
+        evaluation="expected",
+        seed=0,
     )
     assert masks["a"].tolist() == pytest.approx([1.0, 1.0])
     assert masks["b"].tolist() == pytest.approx([1.0, 1.0])

@@ -23,6 +23,7 @@ from calmerge import (
     task_vectors,
     ties,
 )
+from calmerge.fitting.concrete import final_masks
 from calmerge.methods.dam import Triggers
 from calmerge.tasks.base import Batch, Task, Tasks
 from calmerge.tasks.module import ModuleModel
@@ -191,3 +192,11 @@ def test_two_masks_move_in_turn(toy: Any) -> None:
     one = dam(toy.tvs, tasks=toy.tasks, masks="dual", mask_steps=1, steps=0, batch=8, evaluation="expected")
     two = dam(toy.tvs, tasks=toy.tasks, masks="dual", mask_steps=2, steps=0, batch=8, evaluation="expected")
     assert any(not torch.equal(one[n], two[n]) for n in one)
+
+
+def test_the_two_masks_are_drawn_apart() -> None:
+    """With one draw for both the product would be a square."""
+    x = {part: torch.zeros(50) for part in ("shared/w", "backdoor/w")}
+    both = final_masks(x, temperature=0.5, evaluation="draw", seed=0)["w"]
+    one = final_masks({"shared/w": x["shared/w"]}, temperature=0.5, evaluation="draw", seed=0)["w"]
+    assert not torch.allclose(both, one**2)

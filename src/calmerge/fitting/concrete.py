@@ -34,15 +34,28 @@ def concrete_mask(logits: Tensor, u: Tensor, *, temperature: float = 0.5) -> Ten
 
 
 def final_masks(logits: Params, *, temperature: float, evaluation: Evaluation, seed: object) -> dict[str, Tensor]:
-    """The masks that a merge is made with: one more draw, or the expected mask sigma(x); scaled to mean 1 per tensor.
+    """The mask of every tensor that a merge is made with: of each part one more draw, or its expected mask sigma(x).
 
-    >>> final_masks({"w": torch.tensor([0.0, 2.0])}, temperature=0.5, evaluation="expected", seed=0)["w"]
+    Each is scaled to mean 1 over the tensor; where there are several parts, their product.
+
+    Args:
+        logits: x by "part/tensor", as `learn_masks` gives them.
+        temperature: of the draw.
+        evaluation: `draw` or `expected`.
+        seed: decides the draw, which every part has for itself.
+
+    >>> final_masks({"mask/w": torch.tensor([0.0, 2.0])}, temperature=0.5, evaluation="expected", seed=0)["w"]
     tensor([0.7242, 1.2758])
     """
-    if evaluation == "expected":
-        return {name: _scaled(x.sigmoid()) for name, x in logits.items()}
-    drawn = {name: noise(x, seed, "final", name) for name, x in logits.items()}
-    return {name: concrete_mask(x, drawn[name], temperature=temperature) for name, x in logits.items()}
+    masks: dict[str, Tensor] = {}
+    for name, x in logits.items():
+        if evaluation == "expected":
+            mask = _scaled(x.sigmoid())
+        else:
+            mask = concrete_mask(x, noise(x, seed, "final", name), temperature=temperature)
+        tensor = name.split("/", 1)[1]
+        masks[tensor] = masks[tensor] * mask if tensor in masks else mask
+    return masks
 
 
 def noise(like: Tensor, *key: object) -> Tensor:

@@ -3,14 +3,12 @@
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
 
 from calmerge._run import Run
 from calmerge._signature import Count, Interval, Positive, Seed, check, raise_together
 from calmerge._task_vectors import TaskVectors, materialise
 from calmerge._weights import Weights
 from calmerge.fitting.concrete import Draw, Evaluation, final_masks, learn_masks, masked
-from calmerge.fitting.fit import Fitted
 from calmerge.fitting.objectives import entropy
 from calmerge.fitting.samplers import shuffled, whole_pools
 from calmerge.methods.adamerging import learned_coefficients
@@ -83,7 +81,7 @@ def concrete_task_arithmetic(
         key=f"{options}{seed}{tvs.fingerprint}",
     )
     run.trace["concrete_task_arithmetic"] = fitted.trace()
-    masks = final_masks(_logits(fitted), temperature=temperature, evaluation=evaluation, seed=seed)
+    masks = final_masks(fitted.params, temperature=temperature, evaluation=evaluation, seed=seed)
     return materialise(task_arithmetic(masked(tvs, masks), scale=scale))
 
 
@@ -160,7 +158,7 @@ def concrete_adamerging(
         label="Concrete",
         key=f"{options}{more}{tvs.fingerprint}",
     )
-    masks = final_masks(_logits(fitted), temperature=temperature, evaluation=evaluation, seed=seed)
+    masks = final_masks(fitted.params, temperature=temperature, evaluation=evaluation, seed=seed)
     delta = learned_coefficients(
         masked(tvs, masks), tasks, tvs.tasks, per=per, init=init, clamp=clamp, steps=steps, lr=lr, batch=batch,
         batches=1, seed=seed, run=run, label="concrete_adamerging",
@@ -174,7 +172,3 @@ def _draw(tvs: TaskVectors, tasks: Tasks, batch: int, seed: int) -> Batches:
 
 def _shape(tvs: TaskVectors, per: str) -> tuple[int, ...]:
     return (len(tvs.tasks), len(tvs)) if per == "tensor" else (len(tvs.tasks),)
-
-
-def _logits(fitted: Fitted) -> dict[str, Tensor]:
-    return {name.removeprefix("mask/"): x for name, x in fitted.params.items()}

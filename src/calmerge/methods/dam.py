@@ -118,11 +118,7 @@ def dam(
         label="DAM",
         key=f"{options}{more}{rest}{tvs.fingerprint}",
     )
-    product: dict[str, Tensor] = {}
-    for part in parts:
-        logits = {n.removeprefix(f"{part}/"): x for n, x in fitted.params.items() if n.startswith(f"{part}/")}
-        for name, m in final_masks(logits, temperature=temperature, evaluation=evaluation, seed=seed).items():
-            product[name] = product[name] * m if name in product else m
+    product = final_masks(fitted.params, temperature=temperature, evaluation=evaluation, seed=seed)
     delta = learned_coefficients(
         masked(tvs, product), tasks, tvs.tasks, per=per, init=init, clamp=clamp, steps=steps, lr=lr, batch=batch,
         batches=1, seed=seed, run=run, label="dam",
