@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calmerge._measure import kth_magnitude
 from calmerge._run import Run
 from calmerge._signature import (
     Count,
@@ -20,13 +19,14 @@ from calmerge._signature import (
     raise_together,
 )
 from calmerge._task_vectors import TaskVectors, materialise
-from calmerge._weights import Site, Weights
+from calmerge._weights import Weights
 from calmerge.fitting.masks import Regulariser, Search, consensus_mask
 from calmerge.fitting.samplers import shuffled
 from calmerge.methods.calm import credible_pools
 from calmerge.pieces.blend import summed
 from calmerge.pieces.mask import pack
 from calmerge.pieces.stitch import stitch
+from calmerge.pieces.trim import from_rank
 from calmerge.report.traces import CalmTrace
 from calmerge.tasks.base import Batches, Tasks
 
@@ -130,11 +130,5 @@ def localize_and_stitch_dataless(tvs: TaskVectors, *, keep: KeepFraction = 0.05)
     10 %. An entry that is exactly 0 counts as not wanted.
     """
     raise_together(check(localize_and_stitch_dataless, {"keep": keep}))
-    n = tvs.numel
-
-    def kept(tau: Tensor, threshold: Tensor, site: Site) -> Tensor:
-        cut = threshold.to(tau.device).reshape(-1, *[1] * (tau.dim() - 1))
-        return tau.where(tau.abs() >= cut, 0.0)
-
-    largest = tvs.transform(kept, kth_magnitude(tvs, n - max(1, int(keep * n)) + 1))
+    largest = from_rank(tvs, tvs.numel - max(1, int(keep * tvs.numel)) + 1)
     return largest.reduce(lambda tau, site: summed(tau) / (tau != 0).sum(0).clamp(min=1))

@@ -38,8 +38,17 @@ def trim(tvs: TaskVectors, *, keep: KeepFraction = 0.2, scope: Literal["model", 
         return keep_largest(tvs, lambda name, n: [max(1, int(n * keep))])
     d = tvs.numel
     rank = d - int(d * keep)
-    if rank <= 0:
-        return tvs
+    return from_rank(tvs, rank) if rank > 0 else tvs
+
+
+def from_rank(tvs: TaskVectors, rank: int) -> TaskVectors:
+    """Task vectors rid of what is smaller than the `rank`-th smallest magnitude of their task, over the whole model.
+
+    >>> import torch; from calmerge import task_vectors
+    >>> tvs = task_vectors({"w": torch.zeros(3)}, {"a": {"w": torch.tensor([3.0, -1.0, 2.0])}})
+    >>> from_rank(tvs, 2)["w"]
+    tensor([[3., 0., 2.]])
+    """
 
     def kept(tau: Tensor, below: Tensor, site: Site) -> Tensor:
         trimmed = torch.empty_like(tau)
