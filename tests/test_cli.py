@@ -214,9 +214,12 @@ def test_resume_goes_on_from_a_stopped_merge(recipe: Path, monkeypatch: pytest.M
         done = call("merge", recipe, *words, "--out", recipe.parent / "merged")
         assert (done.exit_code, says in done.stderr) == (0, True), done.stderr
         assert sorted(os.listdir(recipe.parent)) == ["a", "b", "base", "merged", "recipe.yaml"]
+        journal = recipe.parent / ".merged.journal"
+        journal.write_text("")  # of a run that was killed when its folder had just got its name
         again = call("merge", recipe, "--resume", "--json")
         assert again.exit_code == 0
         assert "'merged' was finished before" in again.stderr
+        assert not journal.exists()
         shutil.rmtree(recipe.parent / "merged")
 
 

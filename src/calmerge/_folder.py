@@ -101,6 +101,14 @@ def resumable_folder(
                 Path(file.name).unlink(missing_ok=True)
 
 
+def forget(path: Path) -> None:
+    """Remove the journal of a run that was stopped when its folder had just got its name."""
+    journal = path.with_name(f".{path.name}.journal")
+    if journal.exists():
+        with _errors_of(path), _locked(journal, path) as file:
+            Path(file.name).unlink(missing_ok=True)
+
+
 class Journal:
     """What a run has finished, in a file of one JSON document a line; a line is written when its file is safe on disk.
 

@@ -18,6 +18,7 @@ import torch
 from calmerge._errors import OutputError, UsageError
 from calmerge._explain import held_in_memory
 from calmerge._inputs import key_of
+from calmerge._folder import forget
 from calmerge._memory import private_memory
 from calmerge._merged import Merged
 from calmerge._open import open_recipe
@@ -231,6 +232,7 @@ def _finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
         return None
     manifest = finished_before(path, open_inputs(recipe), recipe.to_dict())
     if manifest is not None:
+        forget(path)
         logging.getLogger("calmerge").info("'%s' was finished before", path.name)
     return manifest
 
