@@ -17,8 +17,8 @@ import torch
 
 from calmerge._errors import OutputError, UsageError
 from calmerge._explain import held_in_memory
-from calmerge._inputs import key_of
 from calmerge._folder import forget
+from calmerge._inputs import key_of
 from calmerge._memory import private_memory
 from calmerge._merged import Merged
 from calmerge._open import open_recipe
