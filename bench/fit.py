@@ -90,9 +90,8 @@ def report(args: argparse.Namespace, p: int) -> None:
     few, many = min(args.experts), max(args.experts)
     for part in ("adamerging", "calm"):
         above = {n: found[n, part]["peak"] - found[n, "bare"]["peak"] for n in (few, many)}
-        print(
-            f"\n{part}: peak above bare with {many} experts / with {few}: {above[many] / above[few]:.3f} (within 5 % of 1)"
-        )
+        ratio = above[many] / above[few]
+        print(f"\n{part}: peak above bare with {many} experts / with {few}: {ratio:.3f} (within 5 % of 1)")
         for peer in parts[3:]:
             share = found[many, part]["peak"] / found[many, peer]["peak"]
             print(f"{part}: whole peak with {many} experts / {peer}'s: {share:.2f} (below 0.33)")
