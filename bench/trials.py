@@ -1,0 +1,225 @@
+"""What stands beside the factorial: whole methods under other orders, pools, experts, heads and numbers of tasks.
+
+    python bench/trials.py SUITE DESIGN --out docs/experiments       # goes on where it was interrupted
+
+A trial runs one entry of the league with the suite's options, and is scored on the *validation* split, as in
+`flagship.py`. DESIGN is one of the functions below: `orders` (E2), `pools` (E3), `bad_experts` (E4), `heads` (E5),
+`counts`.
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from flagship import Bench
+from torch import Tensor
+
+import calmerge as cm
+from calmerge._entries import ENTRIES, filled
+from calmerge._merged import Merged
+from calmerge._random import permutation
+from calmerge._task_vectors import materialise
+from calmerge._weights import StateDict
+from calmerge._yaml import Data
+from calmerge.league import merge_pipe
+from calmerge.suites.suite import load_suite
+from calmerge.tasks.base import Examples, Outputs, Tasks
+from calmerge.tasks.serving import serving
+
+PIPES: Mapping[str, Data] = {
+    **{name: entry.merge for name, entry in ENTRIES.items()},
+    "calm_tsv_m": {"calm": {"inner": "tsv_m"}},
+    "realign_average": {"realign_heads": {"inner": "average"}},
+    "realign_tsv_m": {"realign_heads": {"inner": "tsv_m"}},
+    "realign_calm_joint": {"realign_heads": {"inner": "calm_joint"}},
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run.
+
+    Attributes:
+        suite: the suite.
+        method: a name in `PIPES`.
+        seed: of the method, where it draws.
+        pool: the first so many inputs of every pool; 0 for all.
+        order: draws CALM's order, the last two joining one by one; None leaves it to CALM.
+        tasks: the first so many tasks; 0 for all.
+        bad: what is wrong with the first and the fifth expert: `half` (moved half-way back to the base) or `loud`
+            (its head, and so every model under it, gives logits times 4).
+    """
+
+    suite: str
+    method: str
+    seed: int = 0
+    pool: int = 0
+    order: int | None = None
+    tasks: int = 0
+    bad: str = ""
+
+    @property
+    def key(self) -> str:
+        """Names the trial's file."""
+        digest = hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=6).hexdigest()
+        return f"trial-{digest}"
+
+
+def run(bench: Bench, trial: Trial) -> dict[str, Any]:
+    """The record of a trial, from its file where it is there."""
+    return bench.kept(trial.key, lambda: {"trial": asdict(trial), **_run(bench, trial)})
+
+
+def _run(bench: Bench, trial: Trial) -> dict[str, Any]:
+    names = list(bench.tvs.tasks[: trial.tasks or None])
+    bad = names[::4] if trial.bad else []
+    tvs, tasks = (
+        bench.tvs.only(names),
+        Tasks(bench.tasks.model, {name: bench.tasks[name] for name in names}, autocast=bench.tasks.autocast),
+    )
+    if trial.pool:
+        few = {name: replace(task, pool=First(tasks.split(name, "pool"), trial.pool)) for name, task in tasks.items()}
+        tasks = Tasks(tasks.model, few, autocast=tasks.autocast)
+    if trial.bad == "half":
+        tvs = weakened(tvs, bad)
+    elif trial.bad == "loud":
+        tasks = tasks.with_model(Loud(tasks.model, bad))
+    pipe: Any = filled(PIPES[trial.method], load_suite(trial.suite).methods)
+    if trial.order is not None:
+        drawn = [names[i] for i in permutation(len(names), trial.order, "order").tolist()]
+        pipe[0]["calm"]["groups"] = [drawn[:-2], [drawn[-2]], [drawn[-1]]]
+    elif trial.method == "calm" and len(names) == 2:
+        pipe[0]["calm"]["groups"] = [names]
+    started = time.perf_counter()
+    made = merge_pipe(pipe, tasks=tasks, seed=trial.seed)(tvs)
+    if isinstance(made, Merged):
+        logits = serving(made, tvs.base.only_names(tvs.specs), tasks)
+        accuracy = {t: tasks.score(logits(t, "validation"), t, "validation").accuracy for t in names}
+    else:
+        delta = materialise(made)
+        seconds = time.perf_counter() - started
+        theta = {name: tvs.base.read(name).float() + delta.read(name).detach() for name in tvs}
+        accuracy = {t: score.accuracy for t, score in tasks.evaluate(theta, "validation").items()}
+    shares = {t: 100 * accuracy[t] / bench.experts["accuracy"][t] for t in names}
+    return {
+        "accuracy": accuracy,
+        "normalised": sum(shares.values()) / len(shares),
+        "worst": min(shares.values()),
+        "bad": bad,
+        "sound": _mean([share for t, share in shares.items() if t not in bad]),
+        "seconds": seconds if not isinstance(made, Merged) else time.perf_counter() - started,
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def weakened(tvs: cm.TaskVectors, names: list[str]) -> cm.TaskVectors:
+    """The same experts, some of them half-way back to the base."""
+    experts = {
+        task: {n: tvs.base.read(n).float() + (0.5 if task in names else 1.0) * w for n, w in _vector(tvs, task).items()}
+        for task in tvs.tasks
+    }
+    return cm.task_vectors(StateDict({n: tvs.base.read(n) for n in tvs.specs}), experts)
+
+
+def _vector(tvs: cm.TaskVectors, task: str) -> StateDict:
+    return materialise(tvs.of(task))
+
+
+class First:
+    """The first n examples of a pool."""
+
+    def __init__(self, examples: Examples, n: int) -> None:
+        self._examples, self._n = examples, min(n, len(examples))
+
+    def __len__(self) -> int:
+        return self._n
+
+    def batch(self, indices: Tensor) -> tuple[Any, Tensor | None]:
+        return self._examples.batch(indices)
+
+
+class Loud:
+    """A model whose heads of some tasks are too sure of themselves: their logits come out times 4."""
+
+    def __init__(self, model: Any, names: list[str]) -> None:
+        self._model, self._names = model, names
+
+    def logits(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Tensor:
+        return self.outputs(weights, inputs, task).logits
+
+    def outputs(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Outputs:
+        logits, features = self._model.outputs(weights, inputs, task)
+        return Outputs(logits * (4.0 if task in self._names else 1.0), features)
+
+
+# Designs -----------------------------------------------------------------------------------------------------------
+
+LEARNING = ("calm", "calm_joint", "distillation_tsv_m")
+
+
+def orders(suite: str, *, n: int = 20) -> Iterator[Trial]:
+    """E2: CALM over random orders and splits."""
+    for order in range(n):
+        yield Trial(suite, "calm", order=order)
+
+
+def pools(suite: str) -> Iterator[Trial]:
+    """E3: 64 inputs a task against all, three seeds."""
+    for seed in range(3):
+        for method in LEARNING:
+            for n in (64, 0):
+                yield Trial(suite, method, seed, pool=n)
+
+
+def bad_experts(suite: str) -> Iterator[Trial]:
+    """E4: two experts of eight half trained, or over-confident; beside it nothing wrong."""
+    for bad in ("", "half", "loud"):
+        for method in ("average", "tsv_m", *LEARNING):
+            yield Trial(suite, method, bad=bad)
+
+
+def heads(suite: str) -> Iterator[Trial]:
+    """E5: the experts' heads as they are, and re-aligned in closed form on the pools."""
+    for method in ("average", "tsv_m", "calm_joint"):
+        yield Trial(suite, method)
+        yield Trial(suite, f"realign_{method}")
+
+
+def counts(suite: str) -> Iterator[Trial]:
+    """The first 2 and 4 tasks, and all; CALM merges two by the mask between them."""
+    for n in (2, 4, 0):
+        for method in ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", *LEARNING):
+            yield Trial(suite, method, tasks=n)
+
+
+DESIGNS = {"orders": orders, "pools": pools, "bad_experts": bad_experts, "heads": heads, "counts": counts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite")
+    parser.add_argument("design", choices=DESIGNS)
+    parser.add_argument("--out", type=Path, default=Path("docs/experiments"))
+    args = parser.parse_args()
+    bench = Bench(args.suite, args.out)
+    for trial in DESIGNS[args.design](args.suite):
+        found = run(bench, trial)
+        told = " ".join(f"{k} {v}" for k, v in asdict(trial).items() if k not in ("suite", "method") and v != 0)
+        print(
+            f"{trial.method:20} {told}: {found['normalised']:.1f} worst {found['worst']:.1f} {found['seconds']:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
