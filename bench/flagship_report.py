@@ -7,9 +7,11 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-from flagship import CONFIRM, FACTORS, HALVED, Cell, confirm, effects, factorial, halved, levers, pool
+import trials
+from flagship import CONFIRM, FACTORS, HALVED, LR, Cell, confirm, effects, factorial, halved, levers, pool, rates
 
 Cells = Sequence[Mapping[str, Any]]
 FACTORIALS = (
@@ -27,8 +29,10 @@ def main() -> None:
     for suite, name, design, factors in FACTORIALS:
         lines += fraction(out, suite, name, list(design(suite)), factors)
     for suite in ("vision", "text"):
-        for name, chosen in (("levers", levers), ("pool", pool)):
+        for name, chosen in (("levers", levers), ("pool", pool), ("rates", rates)):
             lines += listed(out, suite, name, list(chosen(suite)))
+        for name, design in trials.DESIGNS.items():
+            lines += tried(out, suite, name, list(design(suite)))
     (out / "results.md").write_text("\n".join(lines))
 
 
@@ -54,17 +58,45 @@ def listed(out: Path, suite: str, name: str, design: Sequence[Cell]) -> list[str
     cells = [(cell, found) for cell in design if (found := read(out, cell))]
     if not cells:
         return [*lines, "Not begun.", ""]
-    lines += ["| what moves | limit | balanced | pool | seed | mean | worst task |"]
-    lines += ["| :-- | --: | :-- | :-- | --: | --: | --: |"]
+    lines += ["| what moves | step size | limit | balanced | pool | seed | mean | worst task | held-out loss |"]
+    lines += ["| :-- | --: | --: | :-- | :-- | --: | --: | --: | --: |"]
     for cell, found in cells:
         lines.append(
-            f"| {cell.parametrisation} | {cell.limit or '-'} | {'yes' if cell.balance else 'no'} "
-            f"| {cell.bad_pool or cell.pool} | {cell.seed} | {found['normalised']:.1f} | {found['worst']:.1f} |"
+            f"| {cell.parametrisation} | {cell.lr or LR[cell.parametrisation]:g} | {cell.limit or '-'} "
+            f"| {'yes' if cell.balance else 'no'} | {cell.bad_pool or cell.pool} | {cell.seed} "
+            f"| {found['normalised']:.1f} | {found['worst']:.1f} | {found['held_out']:.3f} |"
         )
     return [*lines, ""]
 
 
-def read(out: Path, cell: Cell) -> Mapping[str, Any] | None:
+def tried(out: Path, suite: str, name: str, design: Sequence[trials.Trial]) -> list[str]:
+    """The finished trials of a design: mean and standard deviation over the runs that differ in seed or order alone."""
+    found: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for trial in design:
+        if one := read(out, trial):
+            bad = {"half": "two half-way back", "loud": "two with logits x 4"}.get(trial.bad, "-")
+            key = (trial.method, str(trial.pool or "all"), str(trial.tasks or "all"), bad)
+            found.setdefault(key, []).append(one)
+    if not found:
+        return [f"## {suite}, `{name}`", "", "Not begun.", ""]
+    runs = sum(map(len, found.values()))
+    lines = [f"## {suite}, `{name}`", "", f"{runs} of {len(design)} trials.", ""]
+    lines += ["| method | inputs a task | tasks | bad experts | runs | mean | worst task | mean of sound tasks | s |"]
+    lines += ["| :-- | --: | --: | :-- | --: | --: | --: | --: | --: |"]
+    for key, ones in found.items():
+        means = (spread([float(one[name]) for one in ones]) for name in ("normalised", "worst", "sound"))
+        seconds = sum(one["seconds"] for one in ones) / len(ones)
+        lines.append(f"| {' | '.join([*key, str(len(ones)), *means])} | {seconds:.0f} |")
+    return [*lines, ""]
+
+
+def spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{fmean(values):.1f} ± {stdev(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def read(out: Path, cell: Cell | trials.Trial) -> Mapping[str, Any] | None:
     file = out / "cells" / f"{cell.suite}-{cell.key}.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
