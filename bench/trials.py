@@ -35,6 +35,7 @@ from calmerge.tasks.serving import serving
 PIPES: Mapping[str, Data] = {
     **{name: entry.merge for name, entry in ENTRIES.items()},
     "calm_tsv_m": {"calm": {"inner": "tsv_m"}},
+    "wudi_relative": {"wudi": {"lr": "relative"}},
     "realign_average": {"realign_heads": {"inner": "average"}},
     "realign_tsv_m": {"realign_heads": {"inner": "tsv_m"}},
     "realign_calm_joint": {"realign_heads": {"inner": "calm_joint"}},
@@ -201,7 +202,20 @@ def counts(suite: str) -> Iterator[Trial]:
             yield Trial(suite, method, tasks=n)
 
 
-DESIGNS = {"orders": orders, "pools": pools, "bad_experts": bad_experts, "heads": heads, "counts": counts}
+def wudis(suite: str) -> Iterator[Trial]:
+    """WUDI with its published step, which is absolute and made for CLIP, and with one relative to the experts."""
+    for method in ("wudi", "wudi_relative"):
+        yield Trial(suite, method)
+
+
+DESIGNS = {
+    "wudis": wudis,
+    "orders": orders,
+    "pools": pools,
+    "bad_experts": bad_experts,
+    "heads": heads,
+    "counts": counts,
+}
 
 
 def main() -> None:
