@@ -11,13 +11,29 @@ from statistics import fmean, stdev
 from typing import Any
 
 import trials
-from flagship import CONFIRM, FACTORS, HALVED, LR, Cell, confirm, effects, factorial, halved, levers, pool, rates
+from flagship import (
+    CONFIRM,
+    FACTORS,
+    HALVED,
+    LR,
+    SETTLED,
+    Cell,
+    confirm,
+    effects,
+    factorial,
+    halved,
+    levers,
+    pool,
+    rates,
+    settled,
+)
 
 Cells = Sequence[Mapping[str, Any]]
 FACTORIALS = (
     ("vision", "factorial", factorial, FACTORS),
     ("vision", "halved", halved, HALVED),
     ("text", "confirm", confirm, CONFIRM),
+    ("text", "settled", settled, SETTLED),
 )
 
 
@@ -75,14 +91,16 @@ def tried(out: Path, suite: str, name: str, design: Sequence[trials.Trial]) -> l
     for trial in design:
         if one := read(out, trial):
             bad = {"half": "two half-way back", "loud": "two with logits x 4"}.get(trial.bad, "-")
-            key = (trial.method, str(trial.pool or "all"), str(trial.tasks or "all"), bad)
+            key = (trial.method, str(trial.pool or "all"), str(trial.tasks or "all"), f"x {trial.longer}", bad)
             found.setdefault(key, []).append(one)
     if not found:
         return [f"## {suite}, `{name}`", "", "Not begun.", ""]
     runs = sum(map(len, found.values()))
     lines = [f"## {suite}, `{name}`", "", f"{runs} of {len(design)} trials.", ""]
-    lines += ["| method | inputs a task | tasks | bad experts | runs | mean | worst task | mean of sound tasks | s |"]
-    lines += ["| :-- | --: | --: | :-- | --: | --: | --: | --: | --: |"]
+    lines += [
+        "| method | inputs a task | tasks | updates | bad experts | runs | mean | worst task | mean of sound tasks | s |"
+    ]
+    lines += ["| :-- | --: | --: | --: | :-- | --: | --: | --: | --: | --: |"]
     for key, ones in found.items():
         means = (spread([float(one[name]) for one in ones]) for name in ("normalised", "worst", "sound"))
         seconds = sum(one["seconds"] for one in ones) / len(ones)

@@ -55,6 +55,7 @@ class Trial:
         tasks: the first so many tasks; 0 for all.
         bad: what is wrong with the first and the fifth expert: `half` (moved half-way back to the base) or `loud`
             (its head, and so every model under it, gives logits times 4).
+        longer: how many times the suite's updates.
     """
 
     suite: str
@@ -64,12 +65,13 @@ class Trial:
     order: int | None = None
     tasks: int = 0
     bad: str = ""
+    longer: int = 1
 
     @property
     def key(self) -> str:
         """Names the trial's file."""
-        digest = hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=6).hexdigest()
-        return f"trial-{digest}"
+        told = {k: v for k, v in asdict(self).items() if v != getattr(type(self), k, "")}
+        return f"trial-{hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=6).hexdigest()}"
 
 
 def run(bench: Bench, trial: Trial) -> dict[str, Any]:
@@ -92,6 +94,9 @@ def _run(bench: Bench, trial: Trial) -> dict[str, Any]:
     elif trial.bad == "loud":
         tasks = tasks.with_model(Loud(tasks.model, bad))
     pipe: Any = filled(PIPES[trial.method], load_suite(trial.suite).methods)
+    if trial.longer != 1:
+        (options,) = pipe[0].values()
+        options["steps"] *= trial.longer
     if trial.order is not None:
         drawn = [names[i] for i in permutation(len(names), trial.order, "order").tolist()]
         pipe[0]["calm"]["groups"] = [drawn[:-2], [drawn[-2]], [drawn[-1]]]
@@ -202,6 +207,13 @@ def counts(suite: str) -> Iterator[Trial]:
             yield Trial(suite, method, tasks=n)
 
 
+def budgets(suite: str) -> Iterator[Trial]:
+    """Four times the suite's updates."""
+    for method in LEARNING:
+        for longer in (1, 4):
+            yield Trial(suite, method, longer=longer)
+
+
 def wudis(suite: str) -> Iterator[Trial]:
     """WUDI with its published step, which is absolute and made for CLIP, and with one relative to the experts."""
     for method in ("wudi", "wudi_relative"):
@@ -209,6 +221,7 @@ def wudis(suite: str) -> Iterator[Trial]:
 
 
 DESIGNS = {
+    "budgets": budgets,
     "wudis": wudis,
     "orders": orders,
     "pools": pools,

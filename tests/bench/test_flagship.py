@@ -43,3 +43,13 @@ def test_a_finished_cell_keeps_its_name_when_options_are_added() -> None:
     plain = flagship.Cell("vision", "average", "kl", "span")
     assert plain.key == flagship.Cell("vision", "average", "kl", "span", limit=None, bad_pool="").key
     assert plain.key != flagship.Cell("vision", "average", "kl", "span", limit=1.0).key
+
+
+def test_the_settled_fraction_keeps_the_cells_that_are_there_and_can_be_solved() -> None:
+    cells = flagship.settled("text")
+    assert len(set(cells)) == 12
+    assert set(cells[:6]) <= set(flagship.confirm("text"))
+    for factor, levels in flagship.SETTLED.items():
+        assert {getattr(cell, factor) for cell in cells} == set(levels)
+    table = [{"cell": vars(cell), "normalised": float(cell.start == "tsv_m")} for cell in cells]
+    assert flagship.effects(table, "normalised", flagship.SETTLED)["start"]["tsv_m"][0] == pytest.approx(0.5)
