@@ -97,10 +97,8 @@ def tried(out: Path, suite: str, name: str, design: Sequence[trials.Trial]) -> l
         return [f"## {suite}, `{name}`", "", "Not begun.", ""]
     runs = sum(map(len, found.values()))
     lines = [f"## {suite}, `{name}`", "", f"{runs} of {len(design)} trials.", ""]
-    lines += [
-        "| method | inputs a task | tasks | updates | bad experts | runs | mean | worst task | mean of sound tasks | s |"
-    ]
-    lines += ["| :-- | --: | --: | --: | :-- | --: | --: | --: | --: | --: |"]
+    head = ("method", "inputs a task", "tasks", "updates", "bad experts", "runs", "mean", "worst", "sound tasks", "s")
+    lines += [f"| {' | '.join(head)} |", "| :-- | --: | --: | --: | :-- | --: | --: | --: | --: | --: |"]
     for key, ones in found.items():
         means = (spread([float(one[name]) for one in ones]) for name in ("normalised", "worst", "sound"))
         seconds = sum(one["seconds"] for one in ones) / len(ones)
