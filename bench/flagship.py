@@ -408,7 +408,7 @@ def pool(suite: str) -> Iterator[Cell]:
 def rates(suite: str) -> Iterator[Cell]:
     """Step sizes of plain distillation from TSV-M on both suites, as `pilot` chose those of all else on vision.
 
-    The rule stated before it ran was the held-out loss, as a share of the least on its suite, least where it is greater:
+    The rule stated before was the held-out loss, as a share of the least on its suite, least where that is greater:
     1e-4. Validation accuracy is better at 3e-4 on both suites, and the suites take that, so that the baseline is no
     weaker than it need be.
     """
