@@ -28,6 +28,7 @@ import calmerge as cm
 from calmerge._task_vectors import materialise
 from calmerge._weights import StateDict
 from calmerge.fitting import Pool, credible, entropy, expert_kl, feature_distance, pseudo_label
+from calmerge.fitting.gates import singular_gates
 from calmerge.fitting.joint import Schedule, fit_jointly
 from calmerge.fitting.parametrise import (
     Parametrisation,
@@ -47,7 +48,7 @@ STARTS: Mapping[str, Callable[[cm.TaskVectors], cm.Weights]] = {
     "average": cm.average,
     **{name: METHODS[name] for name in ("tsv_m", "iso_c", "cart", "wudi") if name in METHODS},
 }
-LR = {"layers": 0.1, "elements": 0.03, "masks": 0.9, "span": 0.03, "offset": 1e-3}
+LR = {"layers": 0.1, "elements": 0.03, "masks": 0.9, "span": 0.03, "offset": 1e-3, "gates": 0.1}
 """Step sizes of Adam by parametrisation, of least held-out loss in the design `pilot` on vision; also used on text."""
 DISTILLATION_LR = 3e-4
 """Of the weights themselves, from TSV-M on both suites (design `rates`)."""
@@ -161,7 +162,7 @@ class Bench:
             return start
         objective = {"entropy": entropy, "hard": pseudo_label, "kl": expert_kl, "features": _kl_and_features}
         fitted = fit_jointly(
-            _parametrisation(cell, start, tvs),
+            _parametrisation(cell, start, tvs, self.out / "triples"),
             objective[cell.objective],
             self.pools(cell, seen),
             Schedule(steps, cell.lr or LR[cell.parametrisation], cell.batch, cell.hold_out, cell.seed, cell.balance),
@@ -197,7 +198,10 @@ class Bench:
         return found
 
 
-def _parametrisation(cell: Cell, start: StateDict, tvs: cm.TaskVectors) -> Parametrisation:
+def _parametrisation(cell: Cell, start: StateDict, tvs: cm.TaskVectors, folder: Path) -> Parametrisation:
+    if cell.parametrisation == "gates":
+        folder.mkdir(exist_ok=True)
+        return singular_gates(start, tvs, folder, keep=0.16, coefficient=0.0)
     if cell.parametrisation == "span":
         return span(start, materialise(reach(tvs)), limit=cell.limit)
     if cell.parametrisation == "offset":
@@ -236,7 +240,8 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
 
 def pilot(suite: str) -> Iterator[Cell]:
     """Four step sizes for every parametrisation, to be judged by the held-out loss, which needs no label."""
-    for name, lr in LR.items():
+    for name in FACTORS["parametrisation"]:
+        lr = LR[name]
         for factor in (0.1, 0.3, 1.0, 3.0):
             yield Cell(suite, "average", "kl", name, lr=round(lr * factor, 7), hold_out=0.2)
 
@@ -417,6 +422,13 @@ def rates(suite: str) -> Iterator[Cell]:
     yield Cell(suite, "tsv_m", "kl", "span", hold_out=0.2)
 
 
+def gates(suite: str) -> Iterator[Cell]:
+    """Singular gates with coefficients on top of TSV-M, as a parametrisation beside `rates`; steps as in `pilot`."""
+    for lr in (0.01, 0.03, 0.1):
+        yield Cell(suite, "tsv_m", "kl", "gates", lr=lr, hold_out=0.2)
+    yield Cell(suite, "tsv_m", "kl", "layers", hold_out=0.2)
+
+
 DESIGNS = {
     "pilot": pilot,
     "factorial": factorial,
@@ -426,6 +438,7 @@ DESIGNS = {
     "levers": levers,
     "pool": pool,
     "rates": rates,
+    "gates": gates,
     "settled": settled,
 }
 

@@ -21,6 +21,7 @@ from flagship import (
     confirm,
     effects,
     factorial,
+    gates,
     halved,
     levers,
     pool,
@@ -45,7 +46,7 @@ def main() -> None:
     for suite, name, design, factors in FACTORIALS:
         lines += fraction(out, suite, name, list(design(suite)), factors)
     for suite in ("vision", "text"):
-        for name, chosen in (("levers", levers), ("pool", pool), ("rates", rates)):
+        for name, chosen in (("levers", levers), ("pool", pool), ("rates", rates), ("gates", gates)):
             lines += listed(out, suite, name, list(chosen(suite)))
         for name, design in trials.DESIGNS.items():
             lines += tried(out, suite, name, list(design(suite)))
