@@ -74,7 +74,7 @@ def listed(out: Path, suite: str, name: str, design: Sequence[Cell]) -> list[str
     lines = [f"## {suite}, `{name}`", ""]
     cells = [(cell, found) for cell in design if (found := read(out, cell))]
     if not cells:
-        return [*lines, "Not begun.", ""]
+        return []
     lines += ["| what moves | step size | limit | balanced | pool | seed | mean | worst task | held-out loss |"]
     lines += ["| :-- | --: | --: | :-- | :-- | --: | --: | --: | --: |"]
     for cell, found in cells:
@@ -95,7 +95,7 @@ def tried(out: Path, suite: str, name: str, design: Sequence[trials.Trial]) -> l
             key = (trial.method, str(trial.pool or "all"), str(trial.tasks or "all"), f"x {trial.longer}", bad)
             found.setdefault(key, []).append(one)
     if not found:
-        return [f"## {suite}, `{name}`", "", "Not begun.", ""]
+        return []
     runs = sum(map(len, found.values()))
     lines = [f"## {suite}, `{name}`", "", f"{runs} of {len(design)} trials.", ""]
     head = ("method", "inputs a task", "tasks", "updates", "bad experts", "runs", "mean", "worst", "sound tasks", "s")
