@@ -35,6 +35,7 @@ from calmerge.tasks.serving import serving
 PIPES: Mapping[str, Data] = {
     **{name: entry.merge for name, entry in ENTRIES.items()},
     "calm_tsv_m": {"calm": {"inner": "tsv_m"}},
+    "distillation_fast": {"distillation": {"inner": "tsv_m", "lr": 1e-3}},
     "wudi_relative": {"wudi": {"lr": "relative"}},
     "realign_average": {"realign_heads": {"inner": "average"}},
     "realign_tsv_m": {"realign_heads": {"inner": "tsv_m"}},
@@ -214,6 +215,13 @@ def budgets(suite: str) -> Iterator[Trial]:
             yield Trial(suite, method, longer=longer)
 
 
+def rates(suite: str) -> Iterator[Trial]:
+    """The suite's step size of distillation against 1e-3, within the league's own budget and pools."""
+    for seed in range(2):
+        for method in ("distillation_tsv_m", "distillation_fast"):
+            yield Trial(suite, method, seed)
+
+
 def wudis(suite: str) -> Iterator[Trial]:
     """WUDI with its published step, which is absolute and made for CLIP, and with one relative to the experts."""
     for method in ("wudi", "wudi_relative"):
@@ -222,6 +230,7 @@ def wudis(suite: str) -> Iterator[Trial]:
 
 DESIGNS = {
     "budgets": budgets,
+    "steps": rates,
     "wudis": wudis,
     "orders": orders,
     "pools": pools,
