@@ -358,7 +358,7 @@ def _matrix(columns: Mapping[str, Sequence[str]], factors: Mapping[str, tuple[st
 
 
 def effects(
-    cells: Sequence[Mapping[str, Any]], measure: str, factors: Mapping[str, tuple[str, ...]]
+    cells: Sequence[Mapping[str, Any]], measure: str, factors: Mapping[str, tuple[Any, ...]]
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """By factor and level, the main effect (difference from the mean of all) and half its 95 % interval."""
     columns = {name: [cell["cell"][name] for cell in cells] for name in factors}
@@ -422,6 +422,21 @@ def rates(suite: str) -> Iterator[Cell]:
     yield Cell(suite, "tsv_m", "kl", "span", hold_out=0.2)
 
 
+HELD: Mapping[str, tuple[Any, ...]] = {
+    "parametrisation": ("span", "offset"),
+    "hold_out": (0.0, 0.2),
+    "balance": (True, False),
+}
+
+
+def held(suite: str) -> Iterator[Cell]:
+    """All combinations of what tells `calm_joint` from distillation, at a fair step; vision with two seeds."""
+    for seed in range(2 if suite == "vision" else 1):
+        for moves, share, balance in itertools.product(*HELD.values()):
+            lr = DISTILLATION_LR if moves == "offset" else None
+            yield Cell(suite, "tsv_m", "kl", moves, seed=seed, lr=lr, hold_out=share, balance=balance)
+
+
 def gates(suite: str) -> Iterator[Cell]:
     """Singular gates with coefficients on top of TSV-M, as a parametrisation beside `rates`; steps as in `pilot`."""
     for lr in (0.01, 0.03, 0.1):
@@ -438,6 +453,7 @@ DESIGNS = {
     "levers": levers,
     "pool": pool,
     "rates": rates,
+    "held": held,
     "gates": gates,
     "settled": settled,
 }

@@ -15,6 +15,7 @@ from flagship import (
     CONFIRM,
     FACTORS,
     HALVED,
+    HELD,
     LR,
     SETTLED,
     Cell,
@@ -23,6 +24,7 @@ from flagship import (
     factorial,
     gates,
     halved,
+    held,
     levers,
     pool,
     rates,
@@ -35,6 +37,8 @@ FACTORIALS = (
     ("vision", "halved", halved, HALVED),
     ("text", "confirm", confirm, CONFIRM),
     ("text", "settled", settled, SETTLED),
+    ("vision", "held", held, HELD),
+    ("text", "held", held, HELD),
 )
 
 
@@ -133,13 +137,13 @@ def table(found: Mapping[str, Mapping[str, tuple[float, float]]], words: str) ->
 
 
 def rows(cells: Cells) -> list[str]:
-    lines = ["| start | objective | parametrisation | schedule | seed | mean | worst task | s |"]
-    lines += ["| :-- | :-- | :-- | :-- | --: | --: | --: | --: |"]
+    lines = ["| start | objective | parametrisation | schedule | held out | balanced | seed | mean | worst task | s |"]
+    lines += ["| :-- | :-- | :-- | :-- | --: | :-- | --: | --: | --: | --: |"]
     for one in sorted(cells, key=lambda one: -float(one["normalised"])):
         cell = one["cell"]
         lines.append(
             f"| {cell['start']} | {cell['objective']} | {cell['parametrisation']} | {cell['schedule']} "
-            f"| {cell['seed']} "
+            f"| {cell['hold_out']:g} | {'yes' if cell['balance'] else 'no'} | {cell['seed']} "
             f"| {one['normalised']:.1f} | {one['worst']:.1f} | {one['seconds']:.0f} |"
         )
     return lines
