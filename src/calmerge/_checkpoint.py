@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from calmerge._errors import CheckpointError, MissingExtra, did_you_mean
 from calmerge._header import Entry, read_header
 from calmerge._shards import check_index, read_index, shard_files
+from calmerge._watch import leaf
 from calmerge._weights import ALL, Memo, Spec, StateDict, Weights
 
 Source = str | Path | Weights | Mapping[str, Tensor] | nn.Module
@@ -74,18 +75,21 @@ class Checkpoint(Weights):
         number, entry = self.entries[name]
         shape, dtype = self.specs[name]
         start, stop = entry.start, entry.stop
+        row = (stop - start) // max(1, shape[0]) if shape else 0
         if rows != ALL:
             first, last, _ = rows.indices(shape[0])
-            row = (stop - start) // max(1, shape[0])
             start, stop, shape = start + first * row, start + max(first, last) * row, (max(0, last - first), *shape[1:])
         data = torch.empty(stop - start, dtype=torch.uint8)
-        self._fill(data, number, start)
-        tensor = data.view(dtype).view(shape)
+        self._fill(memoryview(data.numpy()), number, start)  # type: ignore[arg-type]
+        tensor = leaf(
+            data.view(dtype).view(shape),
+            lambda some, _, into: self._fill(memoryview(into), number, entry.start + (some.start or 0) * row),
+        )
         if memo is not None:
             memo[key] = tensor
         return tensor
 
-    def _fill(self, data: Tensor, number: int, at: int) -> None:
+    def _fill(self, rest: memoryview, number: int, at: int) -> None:
         """Bytes of a file, read and not mapped: a mapped file that shrinks ends the process, whatever was checked.
 
         That the file is still the same is asked each time, so that no two states of it are mixed. It is not kept open:
@@ -97,7 +101,6 @@ class Checkpoint(Weights):
             try:
                 if _state(os.fstat(handle)) != self._states[number]:
                     raise CheckpointError(f"{file}: was changed while it was in use. {_AGAIN}")
-                rest = memoryview(data.numpy())  # type: ignore[arg-type]
                 while rest:
                     got = os.preadv(handle, [rest], at)
                     if not got:

@@ -5,6 +5,7 @@ followed by a reduction of what came back, `add`, in the order of the blocks. Pa
 the most part, so that they can travel; `part` needs the lazy weights, which are opened from headers anywhere.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +16,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from calmerge._reader import Reader
 from calmerge._run import Run
-from calmerge._weights import Memo, Node, Weights, blocks, entries, site_of, value_at
+from calmerge._weights import Node, Weights, blocks, entries, site_of
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -57,14 +59,14 @@ def run_passes(work: Sequence[tuple[Sequence[Node], Pass]], spread: Spread, run:
     inputs = [n for nodes, _ in work for n in nodes if isinstance(n, Weights)]
     weights = next((w for w in inputs if not w.elementwise), inputs[0])
     folds = [one if isinstance(one, Fold) else Fold(one, _sum) for _, one in work]
+    reader = Reader([node for nodes, _ in work for node in nodes], weights.numel)
 
     def parts(block: tuple[str, slice]) -> tuple[int, list[Any]]:
         name, rows = block
-        memo: Memo = {}
         site = site_of(weights, name, rows)
+        values = iter(reader.read(name, rows))
         return entries(weights, name, rows), [
-            fold.part(*(value_at(node, site, rows, memo) for node in nodes), site)
-            for (nodes, _), fold in zip(work, folds, strict=True)
+            fold.part(*itertools.islice(values, len(nodes)), site) for (nodes, _), fold in zip(work, folds, strict=True)
         ]
 
     results: list[Any] = [None] * len(work)

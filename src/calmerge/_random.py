@@ -1,13 +1,12 @@
 """Randomness as a function of a key and an index: the same for any chunk, thread, order or device."""
 
 import hashlib
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from calmerge._watch import Array, leaf
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -47,17 +46,28 @@ def bernoulli(shape: tuple[int, ...], share: float | Tensor, *key: object, offse
     >>> bernoulli((100_000,), 0.25, "seed").float().mean()
     tensor(0.2503)
     """
-    n, first = torch.Size(shape).numel(), offset // 2
+    n = torch.Size(shape).numel()
+    limits = share.cpu().reshape(-1).numpy() if isinstance(share, Tensor) else share
+    drawn = torch.from_numpy(_below(n, limits, key, offset)).reshape(shape)
+    if isinstance(share, Tensor):
+        return drawn
+
+    def again(rows: slice, at: int, into: Array) -> None:
+        into[:] = _below(len(into), share, key, at)
+
+    return leaf(drawn, again)
+
+
+def _below(n: int, share: float | Array, key: tuple[object, ...], offset: int) -> Array:
+    first = offset // 2
     halves = _mix32(_stream(key), first, (offset + n + 1) // 2 - first).view(np.uint16)[offset % 2 :][:n]
-    limits = np.multiply(
-        share.cpu().reshape(-1).numpy() if isinstance(share, Tensor) else share, 65536, dtype=np.float32
-    )
+    limits = np.multiply(share, 65536, dtype=np.float32)
     upper = np.minimum(limits, 65535).astype(np.uint16)
-    true = halves < upper
+    true: Array = halves < upper
     for i in np.flatnonzero(halves == upper):
         rest = (limits - upper) if limits.ndim == 0 else limits[i] - upper[i]
         true[i] = (_stream((*key, offset + int(i))) >> 48) < rest * 65536
-    return torch.from_numpy(true).reshape(shape)
+    return true
 
 
 def permutation(n: int, *key: object) -> Tensor:

@@ -18,6 +18,7 @@ from calmerge._errors import CheckpointError, UsageError, did_you_mean
 from calmerge._lora import Adapted, Adapter, Factors, adapted
 from calmerge._signature import raise_together
 from calmerge._tied import tied_names, without_doubles
+from calmerge._watch import finite
 from calmerge._weights import ALL, Computed, Gathered, Memo, Node, Spec, StateDict, Weights, digest, row_size
 
 _TASK = re.compile(r"\w[\w.-]*")
@@ -390,7 +391,7 @@ class _Deltas(Weights):
                     tau[t].copy_(expert.read(name, rows)).sub_(base)
             # NaN or infinity in base or expert is one in the difference, and one in the sum of all: the exact test
             # runs only where that, or overflow, shows
-            if not torch.isfinite(tau.sum()):
+            if not finite(tau):
                 _refuse_nonfinite("the base", name, base)
                 for t, (task, expert) in enumerate(self.experts):
                     whole = tau[t] if _on(expert, self._base) else expert.read(name, rows)

@@ -10,6 +10,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from calmerge._watch import Array, leaf
+
 ALL = slice(None)
 BLOCK = 2**17  # entries that are worked on at a time; those of a number over a model always are
 Memo = dict[tuple[int, str, int | None, int | None], Tensor]
@@ -162,7 +164,12 @@ class StateDict(Weights):
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The tensor itself, or a view of some of its rows."""
         tensor = self._tensors[name]
-        return tensor if rows == ALL else tensor[rows]
+        found = tensor if rows == ALL else tensor[rows]
+
+        def fill(some: slice, offset: int, into: Array) -> None:
+            into[:] = tensor[some].detach().contiguous().view(-1).view(torch.uint8).numpy()
+
+        return leaf(found, fill)
 
     @property
     def fingerprint(self) -> str:

@@ -16,9 +16,10 @@ from torch import Tensor
 from calmerge._checkpoint import sha256
 from calmerge._folder import Journal
 from calmerge._measure import ahead, pending, settle, workers
+from calmerge._reader import Reader
 from calmerge._run import Run
 from calmerge._size import bytes_of
-from calmerge._weights import BLOCK, Memo, Weights, blocks
+from calmerge._weights import BLOCK, Weights, blocks
 
 MANIFEST = "calmerge.json"
 INDEX = "model.safetensors.index.json"
@@ -235,23 +236,23 @@ def _write_files(
     head = struct.pack("<Q", len(text)) + text
     chosen = {path: whole.only_names(names) for path, whole in parts.items()}
     with ExitStack() as stack:
-        opened = []
-        for path, part in chosen.items():
+        handles = []
+        for path in chosen:
             f = stack.enter_context(path.open("wb"))
             f.write(head)
             f.truncate(len(head) + end)
             f.flush()
-            opened.append((f.fileno(), part))
+            handles.append(f.fileno())
+        reader = Reader(list(chosen.values()), weights.numel)
 
         def place(block: tuple[str, slice]) -> int:
             name, rows = block
             spec = weights.specs[name]
             row_bytes = spec.nbytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
             start = len(head) + starts[name] + (rows.start or 0) * row_bytes
-            memo: Memo = {}
             size = 0
-            for handle, part in opened:
-                view, at = _raw(part.read(name, rows, memo)), start
+            for handle, tensor in zip(handles, reader.read(name, rows), strict=True):
+                view, at = _raw(tensor), start
                 size += len(view)
                 while len(view):
                     written = os.pwrite(handle, view, at)
