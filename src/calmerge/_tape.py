@@ -228,7 +228,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if name not in _RULES or not isinstance(result, Tensor):
             raise Unrecordable(str(func))
-        _RULES[name](self, args, kwargs, result)
+        try:
+            _RULES[name](self, args, kwargs, result)
+        except (ValueError, TypeError, IndexError) as e:  # operands of a form that a rule does not know
+            raise Unrecordable(f"{func}: {e}") from None
 
     def _reserve(self, result: Tensor, value: float | None) -> None:
         for i in range(result.numel() // self._n):
