@@ -20,6 +20,7 @@ from calmerge import (
     TaskVectors,
     UsageError,
     Weights,
+    _reader,
     add,
     open_checkpoint,
     save,
@@ -27,6 +28,7 @@ from calmerge import (
     task_vectors,
 )
 from calmerge._hints import alternatives, intervals
+from calmerge._measure import settle
 from calmerge._pipe import takes_merged
 from calmerge._random import uniform
 from calmerge._signature import checked_call, options_of
@@ -44,7 +46,6 @@ class Row:
         permutes: whether the order of the experts is irrelevant.
         scales: whether c times the task vectors give c times the delta.
         single: by options, how much of a single expert's vector comes out; None where that is no fixed share.
-        single: by options, how much of a single expert's vector comes out; None where it has no fixed share.
         experts: how many the method takes, where it is a fixed number.
         learns: whether it needs data.
         random: whether another seed gives another result.
@@ -394,6 +395,29 @@ def test_any_shard_chunk_and_number_of_threads_writes_the_same_bytes(name: str, 
         files = sorted(f.name for f in (tmp_path / str(one)).glob("*.safetensors"))
         assert len(files) == (1 if one == 0 else len(files)) > 0
         assert all((tmp_path / str(one) / f).read_bytes() == (tmp_path / str(two) / f).read_bytes() for f in files)
+
+
+@pytest.mark.parametrize("name", [n for n, row in sorted(TABLE.items()) if not row.learns])
+def test_tapes_give_the_bytes_of_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    draw = torch.Generator().manual_seed(0)
+    base = {
+        n: torch.randn(s, generator=draw).bfloat16() for n, s in {"layers.0.w": (40, 32), "layers.1.b": (1600,)}.items()
+    }
+    experts = {
+        task: {n: (w.float() + 0.05 * torch.randn(w.shape, generator=draw)).bfloat16() for n, w in base.items()}
+        for task in list("abcd")[: TABLE[name].experts]
+    }
+    outputs = []
+    for large in (10**9, 0):
+        monkeypatch.setattr(_reader, "LARGE", large)
+        monkeypatch.setattr(_reader, "_LONG", 0)
+        tvs = task_vectors(base, experts)
+        whole = add(tvs.base, result(name, tvs, None, **TABLE[name].options))
+        settle([whole], threads=1)
+        reader = _reader.Reader([whole], whole.numel)
+        outputs.append({(n, rows.start): bits(reader.read(n, rows)[0]) for n, rows in blocks(whole, size=640)})
+    assert outputs[0] == outputs[1]
 
 
 @methods

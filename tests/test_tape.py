@@ -6,7 +6,9 @@ import torch
 import calmerge
 from calmerge import StateDict, _reader, add, task_vectors
 from calmerge._measure import settle
+from calmerge._random import bernoulli
 from calmerge._reader import Reader
+from calmerge._rows import Rowed, Rows
 from calmerge._weights import ALL, Weights
 from calmerge.methods import METHODS
 
@@ -126,3 +128,52 @@ def test_several_nodes_of_one_graph_share_a_tape() -> None:
     weights = StateDict({"w": torch.arange(40960.0)})
     double = weights.map(lambda w, site: 2 * w)
     assert [x[1].item() for x in Reader([weights, double], 40960).read("w", slice(4, 9))] == [5.0, 10.0]
+
+
+def test_picked_rows_are_left_to_torch() -> None:
+    # the rows in the middle, where a tape would be recorded, are the source's own; the last ones are not
+    source = StateDict({"w": torch.arange(600.0 * 64).reshape(600, 64)})
+    table = torch.arange(600)
+    table[500:] = table[500:].flip(0)
+    picked = Rowed(source, ["w"], Rows({"a": (source, table)}))
+    taped, torch_made, is_taped = both(picked.map(lambda w, site: w * 2), "w", slice(500, 600))
+    assert not is_taped
+    assert torch.equal(taped, torch_made)
+    assert taped[0, 0] == 2 * 599 * 64
+
+
+def test_what_is_read_at_another_place_is_left_to_torch() -> None:
+    source = StateDict({"w": torch.arange(600.0 * 64).reshape(600, 64)})
+    taped, torch_made, is_taped = both(
+        source.map(lambda w, site: w + source.read("w", slice(0, len(w)))), "w", slice(9, 20)
+    )
+    assert not is_taped
+    assert torch.equal(taped, torch_made)
+
+
+def test_a_draw_that_forgets_where_its_block_is_is_left_to_torch() -> None:
+    weights = StateDict({"w": torch.ones(40960)})
+    drawn = weights.map(lambda w, site: w * bernoulli(tuple(w.shape), 0.5, "seed", offset=0))
+    assert not both(drawn, "w", ALL)[2]
+    right = weights.map(lambda w, site: w * bernoulli(tuple(w.shape), 0.5, "seed", offset=site.offset))
+    taped, torch_made, is_taped = both(right, "w", slice(777, 9999))
+    assert is_taped
+    assert torch.equal(taped, torch_made)
+
+
+def test_copies_are_left_to_torch_so_that_every_nan_keeps_its_bits() -> None:
+    odd = torch.full((300, 128), 0x7F81, dtype=torch.int16).view(torch.bfloat16)
+    tvs = task_vectors(
+        {"w": torch.ones(300, 128), "odd": odd},
+        {"a": {"w": torch.zeros(300, 128), "odd": odd}},
+        exclude=["odd"],
+    )
+    reader = Reader([add(tvs.base, calmerge.average(tvs))], 10**9)
+    assert torch.equal(reader.read("odd", ALL)[0].view(torch.int16), odd.view(torch.int16))
+    assert reader._tapes["odd"] is None
+
+
+def test_bytes_that_are_no_flags_are_not_taken_for_some() -> None:
+    weights = StateDict({"w": torch.full((40960,), 5, dtype=torch.uint8)})
+    taped, torch_made, _ = both(weights.map(lambda w, site: w.bool().float()), "w", ALL)
+    assert torch.equal(taped, torch_made)

@@ -83,6 +83,7 @@ class Checkpoint(Weights):
         self._fill(memoryview(data.numpy()), number, start)  # type: ignore[arg-type]
         tensor = leaf(
             data.view(dtype).view(shape),
+            (start - entry.start) // dtype.itemsize,
             lambda some, _, into: self._fill(memoryview(into), number, entry.start + (some.start or 0) * row),
         )
         if memo is not None:

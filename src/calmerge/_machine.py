@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from calmerge._watch import Array
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 WIDTH = 1024

@@ -55,7 +55,7 @@ def bernoulli(shape: tuple[int, ...], share: float | Tensor, *key: object, offse
     def again(rows: slice, at: int, into: Array) -> None:
         into[:] = _below(len(into), share, key, at)
 
-    return leaf(drawn, again)
+    return leaf(drawn, offset, again)
 
 
 def _below(n: int, share: float | Array, key: tuple[object, ...], offset: int) -> Array:

@@ -23,7 +23,7 @@ class Reader:
     """The blocks of some nodes of one graph, computed together.
 
     Args:
-        nodes: weights of the same names, and numbers, which must have been found.
+        nodes: weights of the same names, at least one, and numbers, which must have been found.
         numel: entries of all tensors that will be read.
 
     >>> from calmerge import StateDict
@@ -35,23 +35,23 @@ class Reader:
     def __init__(self, nodes: Sequence[Node], numel: int) -> None:
         self._nodes = nodes
         self._weights = [node for node in nodes if isinstance(node, Weights)]
-        self._taping = numel >= LARGE and bool(self._weights) and importlib.util.find_spec("numba") is not None
+        self._lead = self._weights[0]
+        self._taping = numel >= LARGE and importlib.util.find_spec("numba") is not None
         self._tapes: dict[str, Tape | None] = {}
         self._lock = threading.Lock()
 
     def read(self, name: str, rows: slice) -> list[Tensor]:
         """What each node is at some rows of a tensor."""
+        site = site_of(self._lead, name, rows)
+        memo: Memo = {}
         tape = self._tape(name) if self._taping else None
         if tape is not None:
-            spec = self._weights[0].specs[name]
+            spec = self._lead.specs[name]
             shape = spec.shape if rows == ALL else (rows.stop - rows.start, *spec.shape[1:])
-            found = tape.play(shape, rows, site_of(self._weights[0], name, rows).offset)
+            found = tape.play(shape, rows, site.offset)
             if found is not None:
                 planes = iter(found)
-                site = site_of(self._weights[0], name, rows)
-                return [next(planes) if isinstance(n, Weights) else value_at(n, site, rows, {}) for n in self._nodes]
-        memo: Memo = {}
-        site = site_of(self._weights[0], name, rows)
+                return [next(planes) if isinstance(n, Weights) else value_at(n, site, rows, memo) for n in self._nodes]
         return [value_at(node, site, rows, memo) for node in self._nodes]
 
     def _tape(self, name: str) -> "Tape | None":
@@ -61,21 +61,22 @@ class Reader:
             return self._tapes[name]
 
     def _recorded(self, name: str) -> "Tape | None":
-        """The tape of one tensor, from a look at its first rows."""
-        spec = self._weights[0].specs[name]
+        """The tape of one tensor, from a look at some rows in its middle."""
+        spec = self._lead.specs[name]
         if spec.numel < _LONG or not spec.shape or any(w.whole(name) for w in self._weights):
             return None
-        from calmerge._tape import Recorder, Unrecordable
+        from calmerge._recorder import Recorder, Unrecordable
 
         # with two rows no dimension of a block is mistaken for that of tasks
         count = max(2, -(-_PROBE // row_size(spec)))
         if count >= spec.shape[0]:
             return None
-        recorder = Recorder(count * row_size(spec))
+        # not its first rows: what is read elsewhere than it should be would not show there
+        rows = slice((spec.shape[0] - count) // 2, (spec.shape[0] + count) // 2)
+        recorder = Recorder(count * row_size(spec), site_of(self._lead, name, rows).offset)
         memo: Memo = {}
         try:
             with recorder, torch.no_grad():
-                results = [node.read(name, slice(0, count), memo) for node in self._weights]
-                return recorder.tape(results)
+                return recorder.tape([node.read(name, rows, memo) for node in self._weights])
         except Unrecordable:
             return None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from calmerge._measure import Measure
+from calmerge._watch import other_rows
 from calmerge._weights import ALL, Memo, Spec, Weights, digest
 
 
@@ -80,6 +81,7 @@ class Rowed(Weights):
         """The picked rows, in the type of the source; any other tensor as it is there."""
         if name not in self._names:
             return self.source.read(name, rows, memo)
+        other_rows()
         spec = self.specs[name]
         start, end = (0, spec.shape[0]) if rows == ALL else (rows.start or 0, rows.stop)
         inside = min(end, self.rows.length)

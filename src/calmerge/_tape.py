@@ -1,40 +1,29 @@
-"""Tapes: what a chain of torch operations does to every entry of a block, taken down once and played over all blocks.
+"""Tapes: chains of single steps over the entries of a block, played by the machine.
 
-Pieces are written in torch. A `Recorder` watches one of them work on a few rows of a tensor and takes down each single
-step; the tape is then played (`_machine`) over all blocks of that tensor, where the steps follow each other in the
-processor's cache. What cannot be taken down, because an entry's result depends on other entries or an operation is not
-known here, is left to torch; the results are the same to the bit, so that this only decides how long it takes.
-
-A *plane* is one value for each entry of a block: the base has one, task vectors have T. Planes are told by where they
-lie in memory, so that views and operations in place need no care.
+A *plane* is one value for each entry of a block: the base has one, task vectors have T. A tape loads the planes of its
+inputs into registers, works on them step by step, and stores those that come out. A `Recorder` makes it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from calmerge import _machine as machine
-from calmerge._watch import Fill, watching
+from calmerge._watch import Array, Fill, watching
 
-Array = np.ndarray[Any, np.dtype[Any]]
-_local = watching
-_ALIGN = 64
-_UNSET = -1  # the value of memory that was reserved and not yet written
-_LOADS = {
+LOADS = {
     torch.bfloat16: (machine.LOAD_BF16, 2), torch.float32: (machine.LOAD_F32, 4),
     torch.uint8: (machine.LOAD_U8, 1), torch.bool: (machine.LOAD_U8, 1),
 }  # fmt: skip
+"""By stored type of an input, the step that loads it and the bytes of an entry."""
 _STORES = {torch.bfloat16: (machine.STORE_BF16, 2), torch.float32: (machine.STORE_F32, 4)}
-_FLAGS = (torch.bool, torch.uint8)
-
-
-class Unrecordable(Exception):
-    """Something that a tape cannot say."""
+_LOADING, _STORING = {op for op, _ in LOADS.values()}, {op for op, _ in _STORES.values()}
+_COPYING = _LOADING | {machine.ROUND_BF16}
+_ALIGN = 64
 
 
 class Output(NamedTuple):
@@ -86,7 +75,7 @@ class Tape:
         code, starts, ends = self._code(n)
         data = _buffer(starts[-1])
         for (fill, dtype), start in zip(self.inputs, starts, strict=False):
-            fill(rows, offset, data[start : start + n * _LOADS[dtype][1]])
+            fill(rows, offset, data[start : start + n * LOADS[dtype][1]])
         registers = _registers(self.registers)
         registers[: len(self.constants)] = self.constants[:, None]
         out = np.empty(ends[-1], np.uint8)
@@ -107,18 +96,17 @@ class Tape:
         if n not in self._codes:
             starts, ends = [0], [0]
             for _, dtype in self.inputs:
-                starts.append(starts[-1] + -(-n * _LOADS[dtype][1] // _ALIGN) * _ALIGN)
+                starts.append(starts[-1] + -(-n * LOADS[dtype][1] // _ALIGN) * _ALIGN)
             for output in self.outputs:
                 size = _STORES.get(output.dtype, _STORES[torch.float32])[1]
                 # planes of one output lie side by side
                 ends += [ends[-1] + (i + 1) * n * size for i in range(len(output.values))]
                 ends[-1] = -(-ends[-1] // _ALIGN) * _ALIGN
-            loads, stores = {op for op, _ in _LOADS.values()}, {op for op, _ in _STORES.values()}
             code = np.array(self.steps, dtype=np.int64).reshape(-1, 5)
             for step in code:
-                if step[0] in loads:
+                if step[0] in _LOADING:
                     step[2] = starts[step[2]]
-                elif step[0] in stores:
+                elif step[0] in _STORING:
                     step[2] = ends[step[2]]
             self._codes[n] = code, starts, ends
         return self._codes[n]
@@ -126,362 +114,33 @@ class Tape:
 
 def _buffer(size: int) -> Array:
     """Room for the inputs of a block, one for each thread."""
-    if getattr(_local, "buffer", None) is None or len(_local.buffer) < size:
-        _local.buffer = np.empty(size, np.uint8)
-    buffer: Array = _local.buffer
+    if getattr(watching, "buffer", None) is None or len(watching.buffer) < size:
+        watching.buffer = np.empty(size, np.uint8)
+    buffer: Array = watching.buffer
     return buffer
 
 
 def _registers(count: int) -> Array:
-    if getattr(_local, "registers", None) is None or len(_local.registers) < count:
-        _local.registers = np.zeros((count, machine.WIDTH), np.float32)
-    registers: Array = _local.registers
+    if getattr(watching, "registers", None) is None or len(watching.registers) < count:
+        watching.registers = np.zeros((count, machine.WIDTH), np.float32)
+    registers: Array = watching.registers
     return registers
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Takes down what is done to the planes of a block while it is entered.
+def assembled(
+    steps: Sequence[Step], constants: Mapping[bytes, int], inputs: Sequence[tuple[Fill, torch.dtype]],
+    outputs: Sequence[Output],
+) -> Tape | None:  # fmt: skip
+    """The tape with what nobody uses left out, and with registers used again once their value is done with.
+
+    None where nothing is done to what is loaded: copying is not for a machine of numbers, which knows one NaN only.
 
     Args:
-        n: entries of a block; large enough that nothing else has as many.
+        steps: in order; a load names the number of its input.
+        constants: which value each number is, by its bytes as a float.
+        inputs: how each is filled, and its stored type.
+        outputs: what comes out.
     """
-
-    def __init__(self, n: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._n = n
-        self._values: dict[int, tuple[int, torch.dtype]] = {}  # by address: the value that lies there, and its type
-        self._steps: list[Step] = []
-        self._constants: dict[bytes, int] = {}
-        self._inputs: list[tuple[Fill, torch.dtype]] = []
-        self._read: set[int] = set()  # values that are inputs
-        self._unrounded: set[int] = set()
-        self._count = 0
-        self._kept: list[object] = []  # so that no address is used twice
-        self._paused = False
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled under a recorder; torch would import its compiler to see to that, for a second."""
-        return False
-
-    def __enter__(self) -> "Recorder":
-        _local.recorder = self
-        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
-
-    def __exit__(self, *exception: Any) -> None:
-        _local.recorder = None
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-
-    def leaf(self, tensor: Tensor, fill: Fill) -> None:
-        """Note an input."""
-        self._kept.append(tensor)
-        if self._values.get(tensor.data_ptr(), (_UNSET, None))[0] in self._read:
-            return
-        if tensor.numel() == self._n and tensor.dtype in _LOADS and tensor.is_contiguous():
-            value = self._new(_LOADS[tensor.dtype][0], len(self._inputs))
-            self._inputs.append((fill, tensor.dtype))
-            self._read.add(value)
-            self._values[tensor.data_ptr()] = value, tensor.dtype
-
-    def finite(self, tensor: Tensor) -> bool:
-        """Have it checked that all entries are finite; whether those at hand are."""
-        for value in self._planes(tensor, self._suffix(tensor)).flat:
-            self._steps.append(Step(machine.FINITE, int(value), int(value)))
-        self._paused = True
-        try:
-            return bool(torch.isfinite(tensor.sum()))
-        finally:
-            self._paused = False
-
-    def tape(self, results: Sequence[Tensor]) -> Tape:
-        """The tape that makes `results`.
-
-        Raises:
-            Unrecordable: they are not planes.
-        """
-        outputs = []
-        for result in results:
-            planes = self._planes(result, self._suffix(result))
-            if not result.is_floating_point():
-                raise Unrecordable(str(result.dtype))
-            # values that are flags at times are floats to the machine
-            outputs.append(Output(tuple(planes.flat), planes.shape, result.dtype))
-        return _assembled(self._steps, list(self._constants), self._constants, self._inputs, outputs)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self._paused:
-            self._kept.append(result)
-            self._take_down(func, args, kwargs or {}, result)
-        return result
-
-    def _take_down(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
-        if name in _RESERVED or name in _FILLED:
-            if isinstance(result, Tensor) and result.numel() and result.numel() % self._n == 0:
-                self._reserve(result, _FILLED[name](args) if name in _FILLED else None)
-            return
-        tensors = [x for x in _flat(args) if isinstance(x, Tensor)]
-        if not any(self._known(x) for x in tensors):
-            return  # of numbers
-        if name in _VIEWS:
-            return
-        if name not in _RULES or not isinstance(result, Tensor):
-            raise Unrecordable(str(func))
-        try:
-            _RULES[name](self, args, kwargs, result)
-        except (ValueError, TypeError, IndexError) as e:  # operands of a form that a rule does not know
-            raise Unrecordable(f"{func}: {e}") from None
-
-    def _reserve(self, result: Tensor, value: float | None) -> None:
-        for i in range(result.numel() // self._n):
-            at = result.data_ptr() + i * self._n * result.itemsize
-            self._values[at] = (_UNSET if value is None else self._constant(value)), result.dtype
-
-    def _known(self, x: Tensor) -> bool:
-        return x.data_ptr() in self._values and x.numel() >= self._n
-
-    def _suffix(self, *operands: Any) -> int:
-        """How many of the last dimensions make up a block."""
-        for x in operands:
-            if isinstance(x, Tensor) and self._known(x):
-                size, dims = 1, 0
-                while size < self._n and dims < x.dim():
-                    dims += 1
-                    size *= x.shape[-dims]
-                if size == self._n:
-                    return dims
-        raise Unrecordable("planes of another size")
-
-    def _planes(self, x: Any, suffix: int) -> Array:
-        """The values of an operand, arranged as its dimensions before the block are."""
-        if not isinstance(x, Tensor):
-            return np.array(self._constant(float(x)))
-        if self._known(x):
-            if not x.is_contiguous() or torch.Size(x.shape[x.dim() - suffix :]).numel() != self._n:
-                raise Unrecordable("not contiguous")
-            found = []
-            for i in range(x.numel() // self._n):
-                value, dtype = self._values.get(x.data_ptr() + i * self._n * x.itemsize, (_UNSET, x.dtype))
-                if value == _UNSET or (dtype != x.dtype and not {dtype, x.dtype} <= set(_FLAGS)):
-                    raise Unrecordable("memory of another kind")
-                found.append(value)
-            return np.array(found).reshape(x.shape[: x.dim() - suffix])
-        inner = x.shape[max(0, x.dim() - suffix) :]
-        if torch.Size(inner).numel() != 1 or x.dtype not in (torch.float32, torch.float64, *_FLAGS, torch.int64):
-            raise Unrecordable("an unknown tensor")
-        with torch.no_grad():
-            numbers = x.detach().reshape(-1).tolist()
-        return np.array([self._constant(float(v)) for v in numbers]).reshape(x.shape[: max(0, x.dim() - suffix)])
-
-    def _constant(self, number: float) -> int:
-        key = np.float32(number).tobytes()
-        if key not in self._constants:
-            self._constants[key] = self._count
-            self._count += 1
-        return self._constants[key]
-
-    def _new(self, op: int, a: int, b: int = 0, d: int = 0) -> int:
-        self._steps.append(Step(op, self._count, a, b, d))
-        self._count += 1
-        return self._count - 1
-
-    def _put(self, result: Tensor, planes: Array, *, late: bool = False) -> None:
-        """Note that `result` holds these values."""
-        if not result.is_contiguous() or result.numel() != planes.size * self._n:
-            raise Unrecordable("a result of another shape")
-        for i, value in enumerate(planes.flat):
-            self._values[result.data_ptr() + i * self._n * result.itemsize] = int(value), result.dtype
-            if late:
-                self._unrounded.add(int(value))
-
-    def step(self, op: int, result: Tensor, *operands: Any) -> None:
-        """Take down one operation between planes, broadcast as torch does."""
-        if result.dtype not in (torch.float32, torch.bool):
-            raise Unrecordable(f"arithmetic in {result.dtype}")
-        self._put(result, self.over(op, self._suffix(*operands), *operands))
-
-    def over(self, op: int, suffix: int, *operands: Any) -> Array:
-        """The values that `op` makes of operands, which are tensors, numbers, or values already."""
-        arrays = [x if isinstance(x, np.ndarray) else self._planes(x, suffix) for x in operands]
-        if any(int(v) in self._unrounded for a in arrays for v in a.flat):
-            raise Unrecordable("arithmetic after rounding")
-        shape = np.broadcast_shapes(*(a.shape for a in arrays))
-        lists = [np.broadcast_to(a, shape).flat for a in arrays]
-        found = [self._new(op, *(int(v) for v in values)) for values in zip(*lists, strict=True)]
-        return np.array(found).reshape(shape)
-
-
-# What torch's operations are to a tape ------------------------------------------------------------------------------
-
-Rule = Callable[[Recorder, tuple[Any, ...], dict[str, Any], Tensor], None]
-_RESERVED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
-_FILLED: dict[str, Callable[[tuple[Any, ...]], float]] = {
-    "zeros": lambda args: 0.0, "zeros_like": lambda args: 0.0, "new_zeros": lambda args: 0.0,
-    "ones": lambda args: 1.0, "ones_like": lambda args: 1.0, "new_ones": lambda args: 1.0,
-    "full": lambda args: float(args[1]), "full_like": lambda args: float(args[1]),
-}  # fmt: skip
-_VIEWS = {
-    "view", "select", "slice", "unsqueeze", "squeeze", "detach", "alias", "_unsafe_view", "expand", "split", "unbind",
-    "flatten", "reshape",
-}  # fmt: skip
-
-
-def _binary(op: int, *, swapped: bool = False) -> Rule:
-    def rule(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-        if kwargs.get("alpha", 1) != 1 or len(args) > 2 or kwargs.get("rounding_mode") is not None:
-            raise Unrecordable("a scaled sum")
-        x, y = args[:2]
-        recorder.step(op, result, *((y, x) if swapped else (x, y)))
-
-    return rule
-
-
-def _unary(op: int) -> Rule:
-    return lambda recorder, args, kwargs, result: recorder.step(op, result, args[0])
-
-
-def _not(op: int) -> Rule:
-    """1 less what `op` makes."""
-
-    def rule(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-        suffix = recorder._suffix(*args)
-        recorder._put(result, recorder.over(machine.SUB, suffix, 1.0, recorder.over(op, suffix, *args[:2])))
-
-    return rule
-
-
-def _flags(op: int) -> Rule:
-    """An operation of logic, between booleans."""
-
-    def rule(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-        if any(isinstance(x, Tensor) and x.dtype != torch.bool for x in args):
-            raise Unrecordable("logic of numbers")
-        recorder.step(op, result, *args)
-
-    return rule
-
-
-def _opposite(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    if args[0].dtype != torch.bool:
-        raise Unrecordable("logic of numbers")
-    recorder.step(machine.SUB, result, 1.0, args[0])
-
-
-def _clamp(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    low = args[1] if len(args) > 1 else kwargs.get("min")
-    high = args[2] if len(args) > 2 else kwargs.get("max")
-    suffix = recorder._suffix(args[0], low, high)
-    found = recorder._planes(args[0], suffix)
-    if low is not None:
-        found = recorder.over(machine.MOST, suffix, low, found)
-    if high is not None:
-        found = recorder.over(machine.LEAST, suffix, high, found)
-    recorder._put(result, found)
-
-
-def _power(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    if len(args) > 1 and args[1] != 2:
-        raise Unrecordable("a power other than 2")
-    recorder.step(machine.MUL, result, args[0], args[0])
-
-
-def _where(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    recorder.step(machine.WHERE, result, *args)
-
-
-def _masked_fill(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    recorder.step(machine.WHERE, result, args[1], args[2], args[0])
-
-
-def _copied(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    """Values in another place, and perhaps of another type."""
-    source = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else args[0]
-    suffix = recorder._suffix(source)
-    planes = recorder._planes(source, suffix)
-    before, after = source.dtype, result.dtype
-    exact = before == after or (before in (torch.bfloat16, *_FLAGS) and after == torch.float32)
-    if before == torch.float32 and after == torch.bfloat16:
-        planes = recorder.over(machine.ROUND_BF16, suffix, planes)
-    elif before == torch.float32 and after in (torch.float16, torch.float64):
-        recorder._put(result, planes, late=True)
-        return
-    elif not exact and not {before, after} <= set(_FLAGS):
-        raise Unrecordable(f"{before} to {after}")
-    if any(int(v) in recorder._unrounded for v in planes.flat):
-        raise Unrecordable("arithmetic after rounding")
-    wanted = result.shape[: result.dim() - suffix]
-    recorder._put(result, np.broadcast_to(planes, wanted) if planes.shape != wanted else planes)
-
-
-def _joined(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    """`stack` and `cat` along the first dimension."""
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    if dim != 0:
-        raise Unrecordable("joined along another dimension")
-    suffix = recorder._suffix(*args[0])
-    recorder._put(result, np.concatenate([recorder._planes(x, suffix).reshape(-1) for x in args[0]]))
-
-
-def _extreme(op: int) -> Rule:
-    """The largest or smallest over the first dimension, that of tasks."""
-
-    def rule(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-        x, dims = args[0], list(args[1]) if len(args) > 1 else []
-        planes = recorder._planes(x, recorder._suffix(x))
-        if dims not in ([0], [-x.dim()]) or len(args) > 2 or planes.ndim != 1:
-            raise Unrecordable("an extreme over entries")
-        found = planes[:1]
-        for i in range(1, len(planes)):
-            found = recorder.over(op, 0, found, planes[i : i + 1])
-        recorder._put(result, found)
-
-    return rule
-
-
-def _filled(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    recorder._reserve(result, float(args[1]) if len(args) > 1 else 0.0)
-
-
-_RULES: dict[str, Rule] = {
-    "add": _binary(machine.ADD), "sub": _binary(machine.SUB), "rsub": _binary(machine.SUB, swapped=True),
-    "mul": _binary(machine.MUL), "div": _binary(machine.DIV),
-    "maximum": _binary(machine.MOST), "minimum": _binary(machine.LEAST),
-    "gt": _binary(machine.GREATER), "lt": _binary(machine.GREATER, swapped=True),
-    "ge": _binary(machine.AT_LEAST), "le": _binary(machine.AT_LEAST, swapped=True),
-    "bitwise_and": _flags(machine.MUL), "bitwise_or": _flags(machine.MOST),
-    "logical_and": _flags(machine.MUL), "logical_or": _flags(machine.MOST),
-    "bitwise_not": _opposite, "logical_not": _opposite,
-    "eq": _binary(machine.EQUAL), "ne": _not(machine.EQUAL),
-    "abs": _unary(machine.ABS), "sign": _unary(machine.SIGN), "sqrt": _unary(machine.SQRT),
-    "neg": lambda recorder, args, kwargs, result: recorder.step(machine.MUL, result, args[0], -1.0),
-    "reciprocal": lambda recorder, args, kwargs, result: recorder.step(machine.DIV, result, 1.0, args[0]),
-    "square": _power, "pow": _power,
-    "hardshrink": lambda recorder, args, kwargs, result: recorder.step(
-        machine.SHRINK, result, args[0], args[1] if len(args) > 1 else 0.5
-    ),
-    "clamp": _clamp, "clamp_min": _clamp,
-    "where": _where, "masked_fill": _masked_fill,
-    "copy": _copied, "_to_copy": _copied, "clone": _copied,
-    "stack": _joined, "cat": _joined, "amax": _extreme(machine.MOST), "amin": _extreme(machine.LEAST),
-    "fill": _filled, "zero": _filled,
-}  # fmt: skip
-
-
-def _flat(args: Iterable[Any]) -> Iterable[Any]:
-    for x in args:
-        if isinstance(x, (list, tuple)):
-            yield from _flat(x)
-        else:
-            yield x
-
-
-def _assembled(
-    steps: Sequence[Step], constants: Sequence[bytes], numbers: dict[bytes, int],
-    inputs: Sequence[tuple[Fill, torch.dtype]], outputs: Sequence[Output],
-) -> Tape:  # fmt: skip
-    """The tape with what nobody uses left out, and with registers used again once their value is done with."""
-    loads = {op for op, _ in _LOADS.values()}
     stores = []
     for output in outputs:
         op = _STORES.get(output.dtype, _STORES[torch.float32])[0]
@@ -491,28 +150,26 @@ def _assembled(
     for step in reversed(steps):
         if step.op == machine.FINITE or step.to in used:
             needed.append(step)
-            used |= set(_reads(step, loads))
+            used |= set(_reads(step))
     needed.reverse()
-    register = {numbers[key]: i for i, key in enumerate(constants)}
+    if all(step.op in _COPYING for step in needed):
+        return None
+    register = {value: i for i, value in enumerate(constants.values())}
     pinned = set(register)
-    # each output's planes are stored as soon as the last of the steps is done; loads come in the order of their use
     final = [Step(op, value, i) for i, (op, value) in enumerate(stores)]
     last: dict[int, int] = {}
     for i, step in enumerate([*needed, *final]):
-        for value in (step.to,) if i >= len(needed) else _reads(step, loads):
+        for value in (step.to,) if i >= len(needed) else _reads(step):
             last[value] = i
     free: list[int] = []
     count = len(constants)
     laid: list[Step] = []
     fills: list[tuple[Fill, torch.dtype]] = []
     for i, step in enumerate(needed):
-        reads = [register[value] for value in _reads(step, loads)]
-        done = [register[v] for v in set(_reads(step, loads)) if last[v] == i and v not in pinned]
+        reads = [register[value] for value in _reads(step)]
+        done = [register[v] for v in set(_reads(step)) if last[v] == i and v not in pinned]
         if step.op == machine.FINITE:
-            laid.append(Step(step.op, reads[0], reads[0]))
-            free += done
-            continue
-        if step.to not in last:
+            laid.append(Step(step.op, reads[0]))
             free += done
             continue
         if free:
@@ -521,14 +178,13 @@ def _assembled(
             to, count = count, count + 1
         register[step.to] = to
         free += done  # not before: a loop that writes where it reads is not made a vector loop
-        if step.op in loads:
+        if step.op in _LOADING:
             laid.append(Step(step.op, to, len(fills)))
             fills.append(inputs[step.a])
         else:
             laid.append(Step(step.op, to, *reads))
     laid += [Step(op, register[value], i) for op, value, i, *_ in final]
-    held = np.frombuffer(b"".join(constants), np.float32) if constants else np.empty(0, np.float32)
-    return Tape(laid, held, max(1, count), fills, list(outputs))
+    return Tape(laid, np.frombuffer(b"".join(constants), np.float32), count, fills, list(outputs))
 
 
 _OPERANDS = {
@@ -536,8 +192,8 @@ _OPERANDS = {
 }  # fmt: skip
 
 
-def _reads(step: Step, loads: set[int]) -> tuple[int, ...]:
+def _reads(step: Step) -> tuple[int, ...]:
     """The values that a step is made from."""
-    if step.op in loads:
+    if step.op in _LOADING:
         return ()
     return (step.a, step.b, step.d)[: _OPERANDS.get(step.op, 2)]

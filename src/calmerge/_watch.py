@@ -19,12 +19,25 @@ class Fill(Protocol):
         """The `rows` of a tensor, the first entry of which is number `offset`, as bytes."""
 
 
-def leaf(tensor: Tensor, fill: Fill) -> Tensor:
-    """`tensor`, noted as an input where a recorder is watching; `fill` gets the same of other rows."""
+def leaf(tensor: Tensor, offset: int, fill: Fill) -> Tensor:
+    """`tensor`, noted as an input where a recorder is watching.
+
+    Args:
+        tensor: some rows of an input.
+        offset: the index of their first entry.
+        fill: gets the same of other rows.
+    """
     recorder = getattr(watching, "recorder", None)
     if recorder is not None:
-        recorder.leaf(tensor, fill)
+        recorder.leaf(tensor, offset, fill)
     return tensor
+
+
+def other_rows() -> None:
+    """Said by weights whose rows are not those of their inputs, before they read them: no tape can follow that."""
+    recorder = getattr(watching, "recorder", None)
+    if recorder is not None:
+        recorder.refuse()
 
 
 def finite(tensor: Tensor) -> bool:

@@ -169,7 +169,7 @@ class StateDict(Weights):
         def fill(some: slice, offset: int, into: Array) -> None:
             into[:] = tensor[some].detach().contiguous().view(-1).view(torch.uint8).numpy()
 
-        return leaf(found, fill)
+        return leaf(found, site_of(self, name, rows).offset, fill)
 
     @property
     def fingerprint(self) -> str:

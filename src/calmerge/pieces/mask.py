@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calmerge._errors import CheckpointError
 from calmerge._measure import kth_magnitude
+from calmerge._watch import other_rows
 from calmerge._weights import ALL, Memo, Spec, Weights, row_size
 
 
@@ -97,6 +98,7 @@ class _Packed(Weights):
         spec = self._masks.specs[name]
         if rows == ALL or not spec.shape:
             return pack(self._masks.read(name, ALL, memo))
+        other_rows()
         row = max(1, row_size(spec))
         first, last = 8 * (rows.start or 0), min(8 * rows.stop, spec.numel)
         start = first // row
@@ -115,6 +117,7 @@ class _Unpacked(Weights):
         spec = self.specs[name]
         if rows == ALL:
             return unpack(self._bits.read(name, ALL, memo), spec.shape)
+        other_rows()
         first, last = (rows.start or 0) * row_size(spec), rows.stop * row_size(spec)
         start = first // 8
         around = unpack(self._bits.read(name, slice(start, -(-last // 8)), memo), (last - 8 * start,))
