@@ -118,6 +118,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tensors", type=int, default=4000, help="of the model of many tiny tensors; 0: off")
     parser.add_argument("--mergekit", help="the command mergekit-yaml of another environment")
     parser.add_argument("--mergekit-limit", type=float, default=600, help="seconds after which mergekit is stopped")
+    parser.add_argument("--without-tapes", action="store_true", help="calmerge as it is without numba, to compare")
     parser.add_argument("--folder", type=Path, help="where checkpoints are kept and found again; else a temporary one")
     parser.add_argument("--json", type=Path, help="all figures")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -242,6 +243,7 @@ def _compare(name: str, model: Models, arguments: argparse.Namespace) -> Iterato
             job = {"config": str(place / "config.yml")}
         limit, moved = _limit(inputs, place, arguments.threads)
         job |= {"inputs": [str(p) for p in inputs], "threads": arguments.threads, "out": str(place)}
+        job["tapes"] = not arguments.without_tapes
         try:
             streamed, whole = (_calmerge(job | {"streamed": only}, arguments.repeats) for only in (True, False))
         except Failed as e:
@@ -352,10 +354,14 @@ def _worker(job: Mapping[str, Any]) -> dict[str, Any]:
     if job["streamed"]:
         os.fsync = lambda handle: None
     import calmerge
+    from calmerge import _reader
     from calmerge._memory import peak_memory, private_memory
     from calmerge._run import Run
     from calmerge._writer import write_weights
     from calmerge.methods import METHODS
+
+    if not job.get("tapes", True):
+        _reader.LARGE = sys.maxsize
 
     class Clock:
         """Adds up what each label took."""
