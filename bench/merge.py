@@ -324,13 +324,6 @@ def _calmerge(job: Mapping[str, Any], repeats: int) -> Figures:
     return min(found, key=lambda figures: figures.seconds)
 
 
-def _job(case: Case, model: Models, out: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a worker is told of a method."""
-    inputs = [str(p) for p in model.inputs(case)]
-    options = {"method": case.method, "options": dict(case.options)}
-    return options | {"inputs": inputs, "threads": arguments.threads, "out": out}
-
-
 def _worker(job: Mapping[str, Any]) -> dict[str, Any]:
     """One merge, in this process."""
     started = time.perf_counter()

@@ -7,17 +7,16 @@ A trial runs one entry of the league with the suite's options, and is scored on 
 `counts`.
 """
 
-import argparse
 import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from flagship import Bench
+from flagship import Bench, asked
 from torch import Tensor
 
 import calmerge as cm
@@ -83,10 +82,8 @@ def run(bench: Bench, trial: Trial) -> dict[str, Any]:
 def _run(bench: Bench, trial: Trial) -> dict[str, Any]:
     names = list(bench.tvs.tasks[: trial.tasks or None])
     bad = names[::4] if trial.bad else []
-    tvs, tasks = (
-        bench.tvs.only(names),
-        Tasks(bench.tasks.model, {name: bench.tasks[name] for name in names}, autocast=bench.tasks.autocast),
-    )
+    tvs = bench.tvs.only(names)
+    tasks = Tasks(bench.tasks.model, {name: bench.tasks[name] for name in names}, autocast=bench.tasks.autocast)
     if trial.pool:
         few = {name: replace(task, pool=First(tasks.split(name, "pool"), trial.pool)) for name, task in tasks.items()}
         tasks = Tasks(tasks.model, few, autocast=tasks.autocast)
@@ -105,40 +102,33 @@ def _run(bench: Bench, trial: Trial) -> dict[str, Any]:
         pipe[0]["calm"]["groups"] = [names]
     started = time.perf_counter()
     made = merge_pipe(pipe, tasks=tasks, seed=trial.seed)(tvs)
+    if not isinstance(made, Merged):
+        made = materialise(made)
+    seconds = time.perf_counter() - started
     if isinstance(made, Merged):
         logits = serving(made, tvs.base.only_names(tvs.specs), tasks)
         accuracy = {t: tasks.score(logits(t, "validation"), t, "validation").accuracy for t in names}
     else:
-        delta = materialise(made)
-        seconds = time.perf_counter() - started
-        theta = {name: tvs.base.read(name).float() + delta.read(name).detach() for name in tvs}
+        theta = {name: tvs.base.read(name).float() + made.read(name).detach() for name in tvs}
         accuracy = {t: score.accuracy for t, score in tasks.evaluate(theta, "validation").items()}
     shares = {t: 100 * accuracy[t] / bench.experts["accuracy"][t] for t in names}
     return {
         "accuracy": accuracy,
-        "normalised": sum(shares.values()) / len(shares),
+        "normalised": fmean(shares.values()),
         "worst": min(shares.values()),
         "bad": bad,
-        "sound": _mean([share for t, share in shares.items() if t not in bad]),
-        "seconds": seconds if not isinstance(made, Merged) else time.perf_counter() - started,
+        "sound": fmean(share for t, share in shares.items() if t not in bad),
+        "seconds": seconds,
     }
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def weakened(tvs: cm.TaskVectors, names: list[str]) -> cm.TaskVectors:
     """The same experts, some of them half-way back to the base."""
     experts = {
-        task: {n: tvs.base.read(n).float() + (0.5 if task in names else 1.0) * w for n, w in _vector(tvs, task).items()}
+        task: {n: tvs.base.read(n).float() + (0.5 if task in names else 1.0) * w for n, w in tvs.of(task).items()}
         for task in tvs.tasks
     }
     return cm.task_vectors(StateDict({n: tvs.base.read(n) for n in tvs.specs}), experts)
-
-
-def _vector(tvs: cm.TaskVectors, task: str) -> StateDict:
-    return materialise(tvs.of(task))
 
 
 class First:
@@ -241,13 +231,8 @@ DESIGNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite")
-    parser.add_argument("design", choices=DESIGNS)
-    parser.add_argument("--out", type=Path, default=Path("docs/experiments"))
-    args = parser.parse_args()
-    bench = Bench(args.suite, args.out)
-    for trial in DESIGNS[args.design](args.suite):
+    bench, trials = asked(__doc__, DESIGNS)
+    for trial in trials:
         found = run(bench, trial)
         told = " ".join(f"{k} {v}" for k, v in asdict(trial).items() if k not in ("suite", "method") and v != 0)
         print(

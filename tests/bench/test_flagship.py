@@ -34,11 +34,6 @@ def test_main_effects_of_an_additive_table_come_out_exactly() -> None:
             assert half == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("degrees", "quantile"), [(5, 2.5706), (10, 2.2281), (16, 2.1199), (30, 2.0423)])
-def test_quantiles_of_student_s_t(degrees: int, quantile: float) -> None:
-    assert flagship.t_quantile(degrees) == pytest.approx(quantile, abs=0.02)
-
-
 def test_a_finished_cell_keeps_its_name_when_options_are_added() -> None:
     plain = flagship.Cell("vision", "average", "kl", "span")
     assert plain.key == flagship.Cell("vision", "average", "kl", "span", limit=None, bad_pool="").key
