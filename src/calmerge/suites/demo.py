@@ -41,8 +41,8 @@ def run_demo(*, out: Path, run: Run | None = None) -> "Report":
         title="calmerge demo: four text tasks on MiniLM",
         methods={**suite.methods, **OPTIONS},
         notes=[
-            f"AdaMerging makes {OPTIONS['adamerging']['steps']} updates and CALM {OPTIONS['calm']['steps']}, numbers chosen "
-            "by the clock: this shows how things work, and is no benchmark. `calmerge bench text` is one."
+            f"AdaMerging makes {OPTIONS['adamerging']['steps']} updates and CALM {OPTIONS['calm']['steps']}, numbers "
+            "chosen by the clock: this shows how things work, and is no benchmark. `calmerge bench text` is one."
         ],
     )
     return run_bench(small, methods=METHODS, seeds=[0], tasks=TASKS, command="calmerge demo", run=run, out=out)
