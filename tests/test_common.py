@@ -415,7 +415,7 @@ def test_tapes_give_the_bytes_of_torch(name: str, monkeypatch: pytest.MonkeyPatc
         tvs = task_vectors(base, experts)
         whole = add(tvs.base, result(name, tvs, None, **TABLE[name].options))
         settle([whole], threads=1)
-        reader = _reader.Reader([whole], whole.numel)
+        reader = _reader.Reader([whole])
         outputs.append({(n, rows.start): bits(reader.read(n, rows)[0]) for n, rows in blocks(whole, size=640)})
     assert outputs[0] == outputs[1]
 

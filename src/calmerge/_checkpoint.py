@@ -4,17 +4,19 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from calmerge._errors import CheckpointError, MissingExtra, did_you_mean
 from calmerge._header import Entry, read_header
 from calmerge._shards import check_index, read_index, shard_files
-from calmerge._watch import leaf
+from calmerge._watch import Array, Stored, leaf
 from calmerge._weights import ALL, Memo, Spec, StateDict, Weights
 
 Source = str | Path | Weights | Mapping[str, Tensor] | nn.Module
@@ -79,38 +81,56 @@ class Checkpoint(Weights):
         if rows != ALL:
             first, last, _ = rows.indices(shape[0])
             start, stop, shape = start + first * row, start + max(first, last) * row, (max(0, last - first), *shape[1:])
-        data = torch.empty(stop - start, dtype=torch.uint8)
-        self._fill(memoryview(data.numpy()), number, start)  # type: ignore[arg-type]
-        tensor = leaf(
-            data.view(dtype).view(shape),
-            (start - entry.start) // dtype.itemsize,
-            lambda some, _, into: self._fill(memoryview(into), number, entry.start + (some.start or 0) * row),
-        )
+        data = np.empty(stop - start, np.uint8)
+        self.fill(memoryview(data), number, start)
+        tensor = torch.frombuffer(data, dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
+        leaf(tensor, (start - entry.start) // dtype.itemsize, _Rows(self, number, entry.start, row))
         if memo is not None:
             memo[key] = tensor
         return tensor
 
-    def _fill(self, rest: memoryview, number: int, at: int) -> None:
+    def fill(self, rest: memoryview, number: int, at: int) -> None:
         """Bytes of a file, read and not mapped: a mapped file that shrinks ends the process, whatever was checked.
 
-        That the file is still the same is asked each time, so that no two states of it are mixed. It is not kept open:
+        Args:
+            rest: where they go.
+            number: of the file in `files`.
+            at: the first byte.
+
+        Raises:
+            CheckpointError: the file was cut short, replaced or taken away since its header was read.
+        """
+        file = self.files[number]
+        handle = self.open(number)
+        try:
+            while rest:
+                got = os.preadv(handle, [rest], at)
+                if not got:
+                    raise CheckpointError(f"{file}: was cut short while it was in use. {_AGAIN}")
+                rest, at = rest[got:], at + got
+        except OSError as e:
+            raise CheckpointError(f"{file}: cannot be read any more ({e.strerror}). {_AGAIN}") from None
+        finally:
+            os.close(handle)
+
+    def open(self, number: int) -> int:
+        """The file of that number, opened for reading and to be closed soon.
+
+        That it is still the same is asked each time, so that no two states of it are mixed. It is not kept open:
         experts may have more shards than a process may have files.
+
+        Raises:
+            CheckpointError: it was replaced or taken away since its header was read.
         """
         file = self.files[number]
         try:
             handle = os.open(file, os.O_RDONLY)
-            try:
-                if _state(os.fstat(handle)) != self._states[number]:
-                    raise CheckpointError(f"{file}: was changed while it was in use. {_AGAIN}")
-                while rest:
-                    got = os.preadv(handle, [rest], at)
-                    if not got:
-                        raise CheckpointError(f"{file}: was cut short while it was in use. {_AGAIN}")
-                    rest, at = rest[got:], at + got
-            finally:
-                os.close(handle)
         except OSError as e:
             raise CheckpointError(f"{file}: cannot be read any more ({e.strerror}). {_AGAIN}") from None
+        if _state(os.fstat(handle)) != self._states[number]:
+            os.close(handle)
+            raise CheckpointError(f"{file}: was changed while it was in use. {_AGAIN}")
+        return handle
 
     @property
     def fingerprint(self) -> str:
@@ -121,6 +141,25 @@ class Checkpoint(Weights):
     def hashes(self) -> dict[str, str]:
         """SHA-256 by file name."""
         return {file.name: sha256(file) for file in self.files}
+
+
+@dataclass(frozen=True)
+class _Rows(Stored):
+    """How a tape reads a tensor that begins at byte `start` of a file, with `row` bytes a row."""
+
+    checkpoint: Checkpoint
+    number: int
+    start: int
+    row: int
+
+    def __call__(self, rows: slice, offset: int, into: Array) -> None:
+        self.checkpoint.fill(memoryview(into), self.number, self._first(rows))
+
+    def open(self, rows: slice) -> tuple[int, int]:
+        return self.checkpoint.open(self.number), self._first(rows)
+
+    def _first(self, rows: slice) -> int:
+        return self.start + (rows.start or 0) * self.row
 
 
 def open_checkpoint(source: Source, *, revision: str | None = None) -> Weights:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calmerge._reader import Reader
 from calmerge._run import Run
-from calmerge._weights import Node, Weights, blocks, entries, site_of
+from calmerge._weights import Node, Weights, entries, site_of, stretches
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -59,20 +59,24 @@ def run_passes(work: Sequence[tuple[Sequence[Node], Pass]], spread: Spread, run:
     inputs = [n for nodes, _ in work for n in nodes if isinstance(n, Weights)]
     weights = next((w for w in inputs if not w.elementwise), inputs[0])
     folds = [one if isinstance(one, Fold) else Fold(one, _sum) for _, one in work]
-    reader = Reader([node for nodes, _ in work for node in nodes], weights.numel)
+    reader = Reader([node for nodes, _ in work for node in nodes])
 
-    def parts(block: tuple[str, slice]) -> tuple[int, list[Any]]:
-        name, rows = block
-        site = site_of(weights, name, rows)
-        values = iter(reader.read(name, rows))
-        return entries(weights, name, rows), [
-            fold.part(*itertools.islice(values, len(nodes)), site) for (nodes, _), fold in zip(work, folds, strict=True)
-        ]
+    def parts(stretch: tuple[str, list[slice]]) -> tuple[int, list[list[Any]]]:
+        name, blocks = stretch
+        found = []
+        for rows in blocks:  # in order, and of one size: float sums depend on both
+            site, values = site_of(weights, name, rows), iter(reader.read(name, rows))
+            found.append([
+                fold.part(*itertools.islice(values, len(nodes)), site)
+                for (nodes, _), fold in zip(work, folds, strict=True)
+            ])  # fmt: skip
+        return sum(entries(weights, name, rows) for rows in blocks), found
 
     results: list[Any] = [None] * len(work)
     with run.progress.track("measuring", weights.numel, "entry") as bar:
-        for n, found in spread(parts, blocks(weights)):  # in order, and of one size: float sums depend on both
-            results = [fold.add(old, part) for fold, old, part in zip(folds, results, found, strict=True)]
+        for n, blocks in spread(parts, stretches(weights)):
+            for found in blocks:
+                results = [fold.add(old, part) for fold, old, part in zip(folds, results, found, strict=True)]
             bar.advance(n)
     return [torch.zeros((), dtype=torch.float64) if found is None else found for found in results]
 

@@ -2,13 +2,15 @@
 
 import importlib.util
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from calmerge._weights import ALL, Memo, Node, Weights, row_size, site_of, value_at
+from calmerge._watch import Array
+from calmerge._weights import ALL, Memo, Node, Site, Weights, row_size, site_of, value_at
 
 if TYPE_CHECKING:
     from calmerge._tape import Tape
@@ -24,19 +26,19 @@ class Reader:
 
     Args:
         nodes: weights of the same names, at least one, and numbers, which must have been found.
-        numel: entries of all tensors that will be read.
+        taping: whether tapes are made; if enough entries will be read when None.
 
     >>> from calmerge import StateDict
     >>> weights = StateDict({"w": torch.tensor([1.0, 2.0])})
-    >>> Reader([weights.map(lambda w, site: 2 * w), weights], 2).read("w", ALL)
+    >>> Reader([weights.map(lambda w, site: 2 * w), weights]).read("w", ALL)
     [tensor([2., 4.]), tensor([1., 2.])]
     """
 
-    def __init__(self, nodes: Sequence[Node], numel: int) -> None:
+    def __init__(self, nodes: Sequence[Node], *, taping: bool | None = None) -> None:
         self._nodes = nodes
         self._weights = [node for node in nodes if isinstance(node, Weights)]
         self._lead = self._weights[0]
-        self._taping = numel >= LARGE and importlib.util.find_spec("numba") is not None
+        self._taping = usable(self._lead.numel) if taping is None else taping
         self._tapes: dict[str, Tape | None] = {}
         self._lock = threading.Lock()
 
@@ -44,24 +46,35 @@ class Reader:
         """What each node is at some rows of a tensor."""
         site = site_of(self._lead, name, rows)
         memo: Memo = {}
-        tape = self._tape(name) if self._taping else None
+        tape = self._tape(name)
         if tape is not None:
-            spec = self._lead.specs[name]
-            shape = spec.shape if rows == ALL else (rows.stop - rows.start, *spec.shape[1:])
-            found = tape.play(shape, rows, site.offset)
+            found = tape.play(self._shape(name, rows), rows, site.offset)
             if found is not None:
                 planes = iter(found)
                 return [next(planes) if isinstance(n, Weights) else value_at(n, site, rows, memo) for n in self._nodes]
         return [value_at(node, site, rows, memo) for node in self._nodes]
 
+    def together(self, name: str, rows: Sequence[slice]) -> list[slice]:
+        """The same rows, in one block where that is quicker: of a tape that reads from files little stays in memory."""
+        tape = self._tape(name)
+        if tape is None or not tape.streams or len(rows) == 1:
+            return list(rows)
+        return [slice(rows[0].start, rows[-1].stop)]
+
+    def _shape(self, name: str, rows: slice) -> tuple[int, ...]:
+        spec = self._lead.specs[name]
+        return spec.shape if rows == ALL else (rows.stop - rows.start, *spec.shape[1:])
+
     def _tape(self, name: str) -> "Tape | None":
+        if not self._taping:
+            return None
         with self._lock:
             if name not in self._tapes:
                 self._tapes[name] = self._recorded(name)
             return self._tapes[name]
 
     def _recorded(self, name: str) -> "Tape | None":
-        """The tape of one tensor, from a look at some rows in its middle."""
+        """The tape of one tensor, from a look at some rows in its middle, of which it must give the same bits."""
         spec = self._lead.specs[name]
         if spec.numel < _LONG or not spec.shape or any(w.whole(name) for w in self._weights):
             return None
@@ -73,10 +86,46 @@ class Reader:
             return None
         # not its first rows: what is read elsewhere than it should be would not show there
         rows = slice((spec.shape[0] - count) // 2, (spec.shape[0] + count) // 2)
-        recorder = Recorder(count * row_size(spec), site_of(self._lead, name, rows).offset)
+        offset = site_of(self._lead, name, rows).offset
+        recorder = Recorder(count * row_size(spec), offset)
         memo: Memo = {}
         try:
             with recorder, torch.no_grad():
-                return recorder.tape([node.read(name, rows, memo) for node in self._weights])
+                seen = [node.read(name, rows, memo) for node in self._weights]
+                tape = recorder.tape(seen)
         except Unrecordable:
             return None
+        played = tape and tape.play(self._shape(name, rows), rows, offset)
+        return tape if played and all(map(_same, played, seen)) else None
+
+
+class Remade:
+    """Fills an input of a tape with what a computation makes that no tape can say, of inputs which one may say.
+
+    Args:
+        fn: the computation.
+        inputs: of it.
+        name: of the tensor it works on.
+    """
+
+    def __init__(self, fn: Callable[..., Tensor], inputs: Sequence[Node], name: str) -> None:
+        self._fn, self._name = fn, name
+        self._reader = Reader(inputs, taping=True)
+
+    def __call__(self, rows: slice, offset: int, into: Array) -> None:
+        """Compute some rows."""
+        made = self._fn(*self._reader.read(self._name, rows), Site(self._name, offset))
+        into[:] = _bytes(made)
+
+
+def usable(numel: int) -> bool:
+    """Whether reading so many entries is worth a machine, and there is one."""
+    return numel >= LARGE and importlib.util.find_spec("numba") is not None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and np.array_equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Array:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()

@@ -8,7 +8,8 @@ to torch; the results are the same to the bit, so that this only decides how lon
 Planes are told by where they lie in memory, so that views and operations in place need no care.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calmerge import _machine as machine
-from calmerge._tape import LOADS, Output, Step, Tape, assembled
+from calmerge._tape import LOADS, Input, Output, Step, Tape, assembled
 from calmerge._watch import Array, Fill, watching
 
 _UNSET = -1  # the value of memory that was reserved and not yet written
@@ -42,7 +43,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values: dict[int, tuple[int, torch.dtype]] = {}  # by address: the value that lies there, and its type
         self._steps: list[Step] = []
         self._constants: dict[bytes, int] = {}
-        self._inputs: list[tuple[Fill, torch.dtype]] = []
+        self._inputs: list[Input] = []
         self._read: set[int] = set()  # values that are inputs
         self._unrounded: set[int] = set()
         self._count = 0
@@ -64,14 +65,47 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def leaf(self, tensor: Tensor, offset: int, fill: Fill) -> None:
         """Note an input."""
+        self._load(tensor, offset, fill)
+
+    def computed(self, fn: Callable[[], Tensor], offset: int, again: Callable[[], Fill]) -> Tensor:
+        """What `fn` makes; where that cannot be taken down, it becomes an input."""
+        before = len(self._steps)
+        try:
+            made = fn()
+            self._planes(made, self._suffix(made))
+            return made
+        except Unrecordable:  # what was taken down is left out where nobody asks for it, but for this
+            self._steps[before:] = [step for step in self._steps[before:] if step.op != machine.FINITE]
+        with self._looking_away():
+            made = fn().contiguous()
+        if not self._load(made, offset, again(), made=True):
+            raise Unrecordable("a computation that does not give planes")
+        return made
+
+    def _load(self, tensor: Tensor, offset: int, fill: Fill, *, made: bool = False) -> bool:
+        """Note the planes of an input, if that is what they are."""
         self._kept.append(tensor)
         if self._values.get(tensor.data_ptr(), (_UNSET, None))[0] in self._read:
-            return
-        if offset == self._offset and tensor.numel() == self._n and tensor.dtype in LOADS and tensor.is_contiguous():
-            value = self._new(LOADS[tensor.dtype][0], len(self._inputs))
-            self._inputs.append((fill, tensor.dtype))
+            return True
+        count = tensor.numel() // self._n
+        if offset != self._offset or tensor.numel() != count * self._n or not count or tensor.dtype not in LOADS:
+            return False
+        if not tensor.is_contiguous():
+            return False
+        for i in range(count):
+            value = self._new(LOADS[tensor.dtype][0], len(self._inputs), i)
             self._read.add(value)
-            self._values[tensor.data_ptr()] = value, tensor.dtype
+            self._values[tensor.data_ptr() + i * self._n * tensor.itemsize] = value, tensor.dtype
+        self._inputs.append(Input(fill, tensor.dtype, count, made))
+        return True
+
+    @contextmanager
+    def _looking_away(self) -> Iterator[None]:
+        self._paused, watching.recorder = True, None
+        try:
+            yield
+        finally:
+            self._paused, watching.recorder = False, self
 
     def refuse(self) -> None:
         """Make no tape."""
@@ -81,11 +115,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Have it checked that all entries are finite; whether those at hand are."""
         for value in self._planes(tensor, self._suffix(tensor)).flat:
             self._steps.append(Step(machine.FINITE, _UNSET, int(value)))
-        self._paused = True
-        try:
-            return bool(torch.isfinite(tensor.sum()))
-        finally:
-            self._paused = False
+        with self._looking_away():
+            return bool(np.isfinite(tensor.numpy().sum()))
 
     def tape(self, results: Sequence[Tensor]) -> Tape | None:
         """The tape that makes `results`; None where it would only copy.

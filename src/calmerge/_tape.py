@@ -4,7 +4,9 @@ A *plane* is one value for each entry of a block: the base has one, task vectors
 inputs into registers, works on them step by step, and stores those that come out. A `Recorder` makes it.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from calmerge import _machine as machine
-from calmerge._watch import Array, Fill, watching
+from calmerge._watch import Array, Fill, Stored, watching
 
 LOADS = {
     torch.bfloat16: (machine.LOAD_BF16, 2), torch.float32: (machine.LOAD_F32, 4),
@@ -44,27 +46,54 @@ class Step(NamedTuple):
     d: int = 0
 
 
+class Input(NamedTuple):
+    """What a tape loads: how it is filled, its stored type, how many planes it has, and whether it was computed."""
+
+    fill: Fill
+    dtype: torch.dtype
+    planes: int = 1
+    made: bool = False
+
+    def size(self, n: int) -> int:
+        """Bytes of all planes of `n` entries each."""
+        return n * self.planes * LOADS[self.dtype][1]
+
+
+class _Layout(NamedTuple):
+    """The steps as the machine wants them for blocks of one size, and where inputs and planes lie then."""
+
+    code: Array
+    starts: list[int]
+    ends: list[int]
+
+
 @dataclass
 class Tape:
     """Steps over planes, ready to be played.
 
     Args:
-        steps: in order; loads name the number of an input, stores the number of a plane that comes out.
+        steps: in order; loads name the number of an input and of its plane, stores the number of a plane that comes
+            out.
         constants: what the first registers hold.
         registers: how many are needed in all.
-        inputs: how each is filled, and its stored type.
+        inputs: what is loaded.
         outputs: what comes out.
     """
 
     steps: list[Step]
     constants: Array
     registers: int
-    inputs: list[tuple[Fill, torch.dtype]]
+    inputs: list[Input]
     outputs: list[Output]
-    _codes: dict[int, tuple[Array, list[int], list[int]]] = field(default_factory=dict)
+    _layouts: dict[int, _Layout] = field(default_factory=dict)
+
+    @property
+    def streams(self) -> bool:
+        """Whether all that is loaded comes from files."""
+        return all(isinstance(one.fill, Stored) for one in self.inputs)
 
     def play(self, shape: tuple[int, ...], rows: slice, offset: int) -> list[Tensor] | None:
-        """Every output for some rows of a tensor; None where an input was not finite.
+        """Every output for some rows of a tensor; None where an input was not finite or could not be read.
 
         Args:
             shape: that these rows have.
@@ -72,15 +101,23 @@ class Tape:
             offset: the index of the first entry.
         """
         n = torch.Size(shape).numel()
-        code, starts, ends = self._code(n)
-        data = _buffer(starts[-1])
-        for (fill, dtype), start in zip(self.inputs, starts, strict=False):
-            fill(rows, offset, data[start : start + n * LOADS[dtype][1]])
-        registers = _registers(self.registers)
-        registers[: len(self.constants)] = self.constants[:, None]
-        out = np.empty(ends[-1], np.uint8)
-        if not machine.play(code, registers, data, out, n):
-            return None
+        code, starts, ends = self._layout(n)
+        with _lent("buffers", starts[-1], np.uint8) as data, ExitStack() as opened:
+            files = []
+            for one, start in zip(self.inputs, starts, strict=False):
+                if isinstance(one.fill, Stored):
+                    handle, first = one.fill.open(rows)
+                    opened.callback(os.close, handle)
+                    files.append((handle, first, LOADS[one.dtype][1], start))
+                else:
+                    one.fill(rows, offset, data[start : start + one.size(n)])
+            out = np.empty(ends[-1], np.uint8)
+            with _lent("registers", self.registers * machine.WIDTH, np.float32) as room:
+                registers = room[: self.registers * machine.WIDTH].reshape(self.registers, machine.WIDTH)
+                registers[: len(self.constants)] = self.constants[:, None]
+                places = np.array(files, np.int64).reshape(-1, 4)
+                if machine.play(code, registers, data, out, places, n) != machine.SOUND:
+                    return None
         bytes_out = torch.from_numpy(out)
         found, at = [], 0
         for output in self.outputs:
@@ -91,54 +128,58 @@ class Tape:
             at = end
         return found
 
-    def _code(self, n: int) -> tuple[Array, list[int], list[int]]:
-        """The steps as the machine wants them for blocks of `n` entries, and where inputs and planes begin."""
-        if n not in self._codes:
+    def _layout(self, n: int) -> _Layout:
+        """For blocks of `n` entries; of inputs in files a strip is held."""
+        if n not in self._layouts:
             starts, ends = [0], [0]
-            for _, dtype in self.inputs:
-                starts.append(starts[-1] + -(-n * LOADS[dtype][1] // _ALIGN) * _ALIGN)
+            for one in self.inputs:
+                held = min(n, machine.STRIP) if isinstance(one.fill, Stored) else n
+                starts.append(starts[-1] + -(-one.size(held) // _ALIGN) * _ALIGN)
             for output in self.outputs:
-                size = _STORES.get(output.dtype, _STORES[torch.float32])[1]
                 # planes of one output lie side by side
-                ends += [ends[-1] + (i + 1) * n * size for i in range(len(output.values))]
+                ends += [ends[-1] + (i + 1) * n * _store(output)[1] for i in range(len(output.values))]
                 ends[-1] = -(-ends[-1] // _ALIGN) * _ALIGN
             code = np.array(self.steps, dtype=np.int64).reshape(-1, 5)
             for step in code:
                 if step[0] in _LOADING:
-                    step[2] = starts[step[2]]
+                    one = self.inputs[step[2]]
+                    step[2] = starts[step[2]] + step[3] * n * LOADS[one.dtype][1]
+                    step[3] = isinstance(one.fill, Stored)
                 elif step[0] in _STORING:
                     step[2] = ends[step[2]]
-            self._codes[n] = code, starts, ends
-        return self._codes[n]
+            self._layouts[n] = _Layout(code, starts, ends)
+        return self._layouts[n]
 
 
-def _buffer(size: int) -> Array:
-    """Room for the inputs of a block, one for each thread."""
-    if getattr(watching, "buffer", None) is None or len(watching.buffer) < size:
-        watching.buffer = np.empty(size, np.uint8)
-    buffer: Array = watching.buffer
-    return buffer
+def _store(output: Output) -> tuple[int, int]:
+    return _STORES.get(output.dtype, _STORES[torch.float32])
 
 
-def _registers(count: int) -> Array:
-    if getattr(watching, "registers", None) is None or len(watching.registers) < count:
-        watching.registers = np.zeros((count, machine.WIDTH), np.float32)
-    registers: Array = watching.registers
-    return registers
+@contextmanager
+def _lent(kind: str, size: int, dtype: type) -> Iterator[Array]:
+    """Room for at least `size` numbers that this thread had before, if nobody has it now, as a tape inside a tape."""
+    spare: list[Array] = vars(watching).setdefault(kind, [])
+    room = spare.pop() if spare else np.zeros(0, dtype)
+    if len(room) < size:
+        room = np.zeros(size, dtype)
+    try:
+        yield room
+    finally:
+        spare.append(room)
 
 
 def assembled(
-    steps: Sequence[Step], constants: Mapping[bytes, int], inputs: Sequence[tuple[Fill, torch.dtype]],
-    outputs: Sequence[Output],
+    steps: Sequence[Step], constants: Mapping[bytes, int], inputs: Sequence[Input], outputs: Sequence[Output]
 ) -> Tape | None:  # fmt: skip
     """The tape with what nobody uses left out, and with registers used again once their value is done with.
 
-    None where nothing is done to what is loaded: copying is not for a machine of numbers, which knows one NaN only.
+    None where nothing is done to what is loaded from storage: copying is not for a machine of numbers, which knows one
+    NaN only.
 
     Args:
-        steps: in order; a load names the number of its input.
+        steps: in order; a load names the number of its input, and of the plane.
         constants: which value each number is, by its bytes as a float.
-        inputs: how each is filled, and its stored type.
+        inputs: what may be loaded.
         outputs: what comes out.
     """
     stores = []
@@ -152,7 +193,8 @@ def assembled(
             needed.append(step)
             used |= set(_reads(step))
     needed.reverse()
-    if all(step.op in _COPYING for step in needed):
+    loaded = list(dict.fromkeys(step.a for step in needed if step.op in _LOADING))
+    if all(step.op in _COPYING for step in needed) and not any(inputs[i].made for i in loaded):
         return None
     register = {value: i for i, value in enumerate(constants.values())}
     pinned = set(register)
@@ -164,7 +206,6 @@ def assembled(
     free: list[int] = []
     count = len(constants)
     laid: list[Step] = []
-    fills: list[tuple[Fill, torch.dtype]] = []
     for i, step in enumerate(needed):
         reads = [register[value] for value in _reads(step)]
         done = [register[v] for v in set(_reads(step)) if last[v] == i and v not in pinned]
@@ -179,12 +220,12 @@ def assembled(
         register[step.to] = to
         free += done  # not before: a loop that writes where it reads is not made a vector loop
         if step.op in _LOADING:
-            laid.append(Step(step.op, to, len(fills)))
-            fills.append(inputs[step.a])
+            laid.append(Step(step.op, to, loaded.index(step.a), step.b))
         else:
             laid.append(Step(step.op, to, *reads))
     laid += [Step(op, register[value], i) for op, value, i, *_ in final]
-    return Tape(laid, np.frombuffer(b"".join(constants), np.float32), count, fills, list(outputs))
+    values = np.frombuffer(b"".join(constants), np.float32)
+    return Tape(laid, values, count, [inputs[i] for i in loaded], list(outputs))
 
 
 _OPERANDS = {

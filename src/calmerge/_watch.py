@@ -1,6 +1,8 @@
 """Where a recorder of tapes is told what it cannot see: what the inputs are, and what must be finite."""
 
 import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +21,18 @@ class Fill(Protocol):
         """The `rows` of a tensor, the first entry of which is number `offset`, as bytes."""
 
 
+class Stored(ABC):
+    """A `Fill` from a file, which the machine may read by itself."""
+
+    @abstractmethod
+    def __call__(self, rows: slice, offset: int, into: Array, /) -> None:
+        """As any `Fill`."""
+
+    @abstractmethod
+    def open(self, rows: slice, /) -> tuple[int, int]:
+        """The open file, and the first byte of some rows of the tensor in it."""
+
+
 def leaf(tensor: Tensor, offset: int, fill: Fill) -> Tensor:
     """`tensor`, noted as an input where a recorder is watching.
 
@@ -31,6 +45,21 @@ def leaf(tensor: Tensor, offset: int, fill: Fill) -> Tensor:
     if recorder is not None:
         recorder.leaf(tensor, offset, fill)
     return tensor
+
+
+def computed(fn: Callable[[], Tensor], offset: int, again: Callable[[], Fill]) -> Tensor:
+    """What `fn` makes of a block; a recorder that cannot take down how notes it as an input.
+
+    Args:
+        fn: what a computation does to a block.
+        offset: the index of the first entry.
+        again: gives what does the same to other rows.
+    """
+    recorder = getattr(watching, "recorder", None)
+    if recorder is None:
+        return fn()
+    made: Tensor = recorder.computed(fn, offset, again)
+    return made
 
 
 def other_rows() -> None:

@@ -3,6 +3,8 @@
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, Self
@@ -10,7 +12,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from calmerge._watch import Array, leaf
+from calmerge._watch import Array, Fill, computed, leaf
 
 ALL = slice(None)
 BLOCK = 2**17  # entries that are worked on at a time; those of a number over a model always are
@@ -221,8 +223,14 @@ class Computed(Weights):
                 memo[key] = self.read(name, ALL, memo)[(slice(None),) * self.row_dim + (rows,)]
             else:
                 site = site_of(self, name, rows)
-                memo[key] = self._fn(*(value_at(node, site, rows, memo) for node in self.inputs), site)
+                values = [value_at(node, site, rows, memo) for node in self.inputs]
+                memo[key] = computed(lambda: self._fn(*values, site), site.offset, lambda: self._again(name))
         return memo[key]
+
+    def _again(self, name: str) -> Fill:
+        from calmerge._reader import Remade  # which reads weights
+
+        return Remade(self._fn, self.inputs, name)
 
 
 class Gathered(Weights):
@@ -310,6 +318,18 @@ def blocks(weights: Weights, size: int = BLOCK) -> Iterator[tuple[str, slice]]:
         else:
             for start in range(0, spec.shape[0], step):
                 yield name, slice(start, min(start + step, spec.shape[0]))
+
+
+def stretches(weights: Weights, size: int = BLOCK, most: int = 8) -> Iterator[tuple[str, list[slice]]]:
+    """The `blocks` of `weights`, up to `most` neighbours of one tensor at a time.
+
+    >>> list(stretches(StateDict({"a": torch.zeros(5, 2), "b": torch.zeros(())}), size=4, most=2))
+    [('a', [slice(0, 2, None), slice(2, 4, None)]), ('a', [slice(4, 5, None)]), ('b', [slice(None, None, None)])]
+    """
+    for name, found in groupby(blocks(weights, size), key=itemgetter(0)):
+        rows = [one for _, one in found]
+        for i in range(0, len(rows), most):
+            yield name, rows[i : i + most]
 
 
 def _experts(weights: Weights) -> int:

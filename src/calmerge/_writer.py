@@ -16,10 +16,10 @@ from torch import Tensor
 from calmerge._checkpoint import sha256
 from calmerge._folder import Journal
 from calmerge._measure import ahead, pending, settle, workers
-from calmerge._reader import Reader
+from calmerge._reader import Reader, usable
 from calmerge._run import Run
 from calmerge._size import bytes_of
-from calmerge._weights import BLOCK, Weights, blocks
+from calmerge._weights import BLOCK, Weights, stretches
 
 MANIFEST = "calmerge.json"
 INDEX = "model.safetensors.index.json"
@@ -243,23 +243,24 @@ def _write_files(
             f.truncate(len(head) + end)
             f.flush()
             handles.append(f.fileno())
-        reader = Reader(list(chosen.values()), weights.numel)
+        reader = Reader(list(chosen.values()), taping=usable(weights.numel))
 
-        def place(block: tuple[str, slice]) -> int:
-            name, rows = block
+        def place(stretch: tuple[str, list[slice]]) -> int:
+            name, blocks = stretch
             spec = weights.specs[name]
             row_bytes = spec.nbytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
-            start = len(head) + starts[name] + (rows.start or 0) * row_bytes
             size = 0
-            for handle, tensor in zip(handles, reader.read(name, rows), strict=True):
-                view, at = _raw(tensor), start
-                size += len(view)
-                while len(view):
-                    written = os.pwrite(handle, view, at)
-                    view, at = view[written:], at + written
+            for rows in reader.together(name, blocks):
+                start = len(head) + starts[name] + (rows.start or 0) * row_bytes
+                for handle, tensor in zip(handles, reader.read(name, rows), strict=True):
+                    view, at = _raw(tensor), start
+                    size += len(view)
+                    while len(view):
+                        written = os.pwrite(handle, view, at)
+                        view, at = view[written:], at + written
             return size
 
-        for written in ahead(pool, place, blocks(next(iter(chosen.values())), chunk), 64):
+        for written in ahead(pool, place, stretches(next(iter(chosen.values())), chunk), 64):
             bar.advance(written)
 
 
