@@ -347,14 +347,14 @@ def _worker(job: Mapping[str, Any]) -> dict[str, Any]:
     if job["streamed"]:
         os.fsync = lambda handle: None
     import calmerge
-    from calmerge import _reader
+    from calmerge import _compiled
     from calmerge._memory import peak_memory, private_memory
     from calmerge._run import Run
     from calmerge._writer import write_weights
     from calmerge.methods import METHODS
 
     if not job.get("tapes", True):
-        _reader.LARGE = sys.maxsize
+        _compiled.LARGE = sys.maxsize
 
     class Clock:
         """Adds up what each label took."""

@@ -410,7 +410,7 @@ def test_tapes_give_the_bytes_of_torch(name: str, monkeypatch: pytest.MonkeyPatc
     }
     outputs = []
     for large in (10**9, 0):
-        monkeypatch.setattr(_reader, "LARGE", large)
+        monkeypatch.setattr(_compiled, "LARGE", large)
         monkeypatch.setattr(_reader, "_LONG", 0)
         tvs = task_vectors(base, experts)
         whole = add(tvs.base, result(name, tvs, None, **TABLE[name].options))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from calmerge._compiled import usable
 from calmerge._passes import Fold as Fold
 from calmerge._passes import Pass as Pass
 from calmerge._passes import Spread, run_passes
@@ -197,14 +198,16 @@ def settle(nodes: Iterable[Node], *, threads: int | None = None, run: Run | None
     for stage in stages(nodes):
         sizes = [max((n.numel for n in group[0].inputs if isinstance(n, Weights)), default=0) for group in stage]
         shared = [size * 4 * threads > sum(sizes) for size in sizes]  # the others are worked on whole by one thread
+        taping = usable(sum(sizes))
         with workers(threads) as pool:
             for group, by_blocks in zip(stage, shared, strict=True):
                 if by_blocks:
-                    _side_by_side(group, partial(ahead, pool, most=2 * threads), run)
+                    _side_by_side(group, partial(ahead, pool, most=2 * threads), run, taping=taping)
             alone = [group for group, by_blocks in zip(stage, shared, strict=True) if not by_blocks]
             if alone:
                 with run.progress.track("measuring", len(alone)) as bar:
-                    for _ in ahead(pool, lambda group: _side_by_side(group, map, Run()), alone, 2 * threads):
+                    one_by_one = partial(_side_by_side, spread=map, run=Run(), taping=taping)
+                    for _ in ahead(pool, one_by_one, alone, 2 * threads):
                         bar.advance()
 
 
@@ -242,7 +245,7 @@ def stages(nodes: Iterable[Node]) -> list[list[list[Measure]]]:
     return [list(groups.values()) for groups in grids]
 
 
-def _side_by_side(group: Sequence[Measure], spread: Spread, run: Run) -> None:
+def _side_by_side(group: Sequence[Measure], spread: Spread, run: Run, *, taping: bool) -> None:
     """Run the rounds of some measures in step: their first passes as one, then their second, and so on."""
     running: list[tuple[Measure, Generator[Pass, Any, Tensor], Any]] = [(m, m._rounds(), None) for m in group]
     while running:
@@ -252,5 +255,6 @@ def _side_by_side(group: Sequence[Measure], spread: Spread, run: Run) -> None:
                 going.append((measure, rounds, rounds.send(found)))
             except StopIteration as done:
                 measure._value = done.value
-        results = run_passes([(measure.inputs, one) for measure, _, one in going], spread, run) if going else []
+        work = [(measure.inputs, one) for measure, _, one in going]
+        results = run_passes(work, spread, run, taping=taping) if going else []
         running = [(measure, rounds, found) for (measure, rounds, _), found in zip(going, results, strict=True)]

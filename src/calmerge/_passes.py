@@ -48,18 +48,21 @@ class Spread(Protocol):
         """`fn` of every item, in order."""
 
 
-def run_passes(work: Sequence[tuple[Sequence[Node], Pass]], spread: Spread, run: Run) -> list[Any]:
+def run_passes(
+    work: Sequence[tuple[Sequence[Node], Pass]], spread: Spread, run: Run, *, taping: bool | None = None
+) -> list[Any]:
     """What every pass makes of its inputs; all have the same names, and every block is read once for all of them.
 
     Args:
         work: the inputs of each pass, and the pass.
         spread: how blocks are shared out.
         run: progress in entries.
+        taping: whether tapes are worth while, as they are for small weights too where there are many; see `Reader`.
     """
     inputs = [n for nodes, _ in work for n in nodes if isinstance(n, Weights)]
     weights = next((w for w in inputs if not w.elementwise), inputs[0])
     folds = [one if isinstance(one, Fold) else Fold(one, _sum) for _, one in work]
-    reader = Reader([node for nodes, _ in work for node in nodes])
+    reader = Reader([node for nodes, _ in work for node in nodes], taping=taping)
 
     def parts(stretch: tuple[str, list[slice]]) -> tuple[int, list[list[Any]]]:
         name, blocks = stretch

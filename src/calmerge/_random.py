@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calmerge._compiled import kernels
 from calmerge._watch import Array, leaf
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -59,15 +60,27 @@ def bernoulli(shape: tuple[int, ...], share: float | Tensor, *key: object, offse
 
 
 def _below(n: int, share: float | Array, key: tuple[object, ...], offset: int) -> Array:
-    first = offset // 2
-    halves = _mix32(_stream(key), first, (offset + n + 1) // 2 - first).view(np.uint16)[offset % 2 :][:n]
     limits = np.multiply(share, 65536, dtype=np.float32)
     upper = np.minimum(limits, 65535).astype(np.uint16)
-    true: Array = halves < upper
-    for i in np.flatnonzero(halves == upper):
+    true, equal = _drawn(n, upper, _stream(key), offset)
+    for i in equal:
         rest = (limits - upper) if limits.ndim == 0 else limits[i] - upper[i]
         true[i] = (_stream((*key, offset + int(i))) >> 48) < rest * 65536
     return true
+
+
+def _drawn(n: int, upper: Array, stream: int, offset: int) -> tuple[Array, Array]:
+    """Whether draws of 16 bits are less than `upper`, and the indices of those that are equal to it."""
+    first = offset // 2
+    loops = kernels()
+    if loops is not None and offset + n <= 1 << 32:
+        found = np.empty(n, np.uint8)
+        loops.drawn(found, upper.reshape(-1), stream & 0xFFFFFFFF, stream >> 32, first, offset % 2)
+        equal = np.flatnonzero(found == 2)
+        found[equal] = 0
+        return found.view(bool), equal
+    halves = _mix32(stream, first, (offset + n + 1) // 2 - first).view(np.uint16)[offset % 2 :][:n]
+    return halves < upper, np.flatnonzero(halves == upper)
 
 
 def permutation(n: int, *key: object) -> Tensor:

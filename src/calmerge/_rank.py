@@ -10,12 +10,14 @@ sample decides only how many passes there are.
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import accumulate
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from calmerge._compiled import kernels
 from calmerge._passes import Fold
 from calmerge._random import uniform
 from calmerge._weights import ALL, Weights, row_size
@@ -76,10 +78,9 @@ def rank_rounds(weights: Weights, tasks: int, ranks: Callable[[], Sequence[int]]
             elif isinstance(inside, bytearray):
                 narrower = _nth(np.frombuffer(inside, dtype=np.float32), k[t] - below)
             else:
-                running = inside.cumsum()
-                at = int(np.searchsorted(running, k[t] - below))
-                low = bracket.low + (at << bracket.shift)
-                narrower = Bracket(low, low + (1 << bracket.shift) - 1, inside[at])
+                narrower = inside.bracket(k[t] - below)
+                if narrower.low == narrower.high:
+                    narrower = float(_float(narrower.low))
             if isinstance(narrower, Bracket):
                 brackets[t] = narrower
             else:
@@ -97,6 +98,10 @@ class _Search:
 
     def part(self, block: Tensor, *_: object) -> dict[int, tuple[int, int, Array]]:
         """What one block has."""
+        loops = kernels()
+        if loops is not None:
+            bits = block.detach().cpu().reshape(self._tasks, -1).float().contiguous().numpy().view(np.int32)
+            return {t: _bracketed(loops, bits[t], bracket) for t, bracket in self._brackets.items()}
         magnitudes = _magnitudes(block, self._tasks)
         found = {}
         for t, bracket in self._brackets.items():
@@ -111,16 +116,50 @@ class _Search:
 
         They are copied into one buffer: thousands of small arrays that live on would keep freed blocks between them.
         """
-        total = so_far or {t: [0, 0, bytearray() if self._gathers[t] else np.zeros(1 << _BINS, np.int64)] for t in part}
+        total = so_far or {t: [0, 0, bytearray() if self._gathers[t] else _Bins(self._brackets[t])] for t in part}
         for t, (below, upto, inside) in part.items():
             total[t][0] += below
             total[t][1] += upto
             if self._gathers[t]:
                 total[t][2].extend(inside.view(np.uint8).data)
             else:
-                bracket = self._brackets[t]
-                np.add.at(total[t][2], (inside.view(np.int32) - np.int32(bracket.low)) >> bracket.shift, 1)
+                total[t][2].add(inside.view(np.int32))
         return total
+
+
+class _Bins:
+    """How many magnitudes fall into each bin of a bracket, and the smallest and the largest of each, as bits.
+
+    Where weights are stored in few bits most bins hold one magnitude, many times, and another pass is spared.
+    """
+
+    def __init__(self, bracket: Bracket) -> None:
+        self._low, self._shift = bracket.low, bracket.shift
+        count = ((bracket.high - bracket.low) >> bracket.shift) + 1
+        self._counts = np.zeros(count, np.int64)
+        self._least, self._most = np.full(count, _INFINITY, np.int32), np.zeros(count, np.int32)
+
+    def add(self, inside: Array) -> None:
+        """Count some more."""
+        loops = kernels()
+        if loops is not None:
+            loops.binned(inside, self._low, self._shift, self._counts, self._least, self._most)
+            return
+        bins = (inside - np.int32(self._low)) >> self._shift
+        np.add.at(self._counts, bins, 1)
+        np.minimum.at(self._least, bins, inside)
+        np.maximum.at(self._most, bins, inside)
+
+    def bracket(self, rank: int) -> Bracket:
+        """What is known of the magnitude of a rank among those that were counted."""
+        at = int(np.searchsorted(self._counts.cumsum(), rank))
+        return Bracket(int(self._least[at]), int(self._most[at]), self._counts[at])
+
+
+def _bracketed(loops: ModuleType, bits: Array, bracket: Bracket) -> tuple[int, int, Array]:
+    inside = np.empty(len(bits) + 1, np.int32)
+    below, upto, count = loops.bracketed(bits, bracket.low, bracket.high, inside)
+    return below, upto, inside[: count if bracket.low < bracket.high else 0].view(np.float32).copy()
 
 
 def _sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> list[Bracket]:

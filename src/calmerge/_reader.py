@@ -1,6 +1,5 @@
 """Blocks of lazy weights: by a tape where there is one, by torch otherwise; the same to the bit."""
 
-import importlib.util
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -9,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calmerge._compiled import usable
 from calmerge._watch import Array
 from calmerge._weights import ALL, Memo, Node, Site, Weights, row_size, site_of, value_at
 
 if TYPE_CHECKING:
     from calmerge._tape import Tape
 
-LARGE = 2**24
-"""From how many entries on it is worth while to load the machine, which takes a few tenths of a second."""
 _PROBE = 256  # entries of the rows that a tape is recorded on, at least
 _LONG = 2**15  # entries of a tensor from which on a tape pays
 
@@ -116,11 +114,6 @@ class Remade:
         """Compute some rows."""
         made = self._fn(*self._reader.read(self._name, rows), Site(self._name, offset))
         into[:] = _bytes(made)
-
-
-def usable(numel: int) -> bool:
-    """Whether reading so many entries is worth a machine, and there is one."""
-    return numel >= LARGE and importlib.util.find_spec("numba") is not None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from calmerge._checkpoint import sha256
+from calmerge._compiled import usable
 from calmerge._folder import Journal
 from calmerge._measure import ahead, pending, settle, workers
-from calmerge._reader import Reader, usable
+from calmerge._reader import Reader
 from calmerge._run import Run
 from calmerge._size import bytes_of
 from calmerge._weights import BLOCK, Weights, stretches

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calmerge._compiled import kernels
 from calmerge._errors import UsageError
 from calmerge._random import bernoulli
 from calmerge._signature import Fraction, Seed, check, raise_together
@@ -113,9 +114,16 @@ def ranks(tensor: Tensor) -> Tensor:
     """
     n = tensor.shape[-1] if tensor.dim() else 1
     rows = tensor.detach().reshape(-1, n).float().numpy()
+    line = torch.arange(n, dtype=torch.float32) / max(1, n - 1)
+    loops = kernels()
+    if loops is not None:
+        words, out = np.empty(rows.shape, np.int64), np.empty(rows.shape, np.float32)
+        loops.keyed(np.ascontiguousarray(rows).view(np.int32), words)
+        words.sort(axis=1)
+        loops.scattered(words, line.numpy(), out)
+        return torch.from_numpy(out).reshape(tensor.shape)
     keys = (rows.view(np.int32) & 0x7FFFFFFF).astype(np.int64) << 32  # magnitudes order like their bits
     keys |= np.arange(n)
     keys.sort(axis=1)  # of one machine word an entry: far quicker than sorting floats and carrying an index
-    line = torch.arange(n, dtype=torch.float32) / max(1, n - 1)
     order = torch.from_numpy(keys & 0xFFFFFFFF)
     return torch.empty(order.shape).scatter_(1, order, line.expand(order.shape)).reshape(tensor.shape)

@@ -1,0 +1,22 @@
+"""Whether compiled loops are at hand. Everything they do NumPy or torch does too, to the same bits."""
+
+import importlib.util
+import sys
+from types import ModuleType
+
+LARGE = 2**24
+"""From how many entries on it is worth while to load compiled loops, which takes a few tenths of a second."""
+
+
+def usable(numel: int) -> bool:
+    """Whether working on so many entries is worth loading compiled loops, and numba is there to do it.
+
+    >>> usable(100)
+    False
+    """
+    return numel >= LARGE and importlib.util.find_spec("numba") is not None
+
+
+def kernels() -> ModuleType | None:
+    """The compiled loops for what goes by rank or at random, where this process has the machine of tapes already."""
+    return importlib.import_module("calmerge._kernels") if "calmerge._machine" in sys.modules else None

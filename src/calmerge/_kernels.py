@@ -1,0 +1,232 @@
+"""Compiled loops for what goes by rank or at random, where NumPy takes several steps; the bits that come out are its.
+
+They let other threads run. Each stands beside the NumPy lines that it takes the place of: `bracketed` in `_rank`,
+`drawn` in `_random`, `between` in `pieces/middle`, `keyed` in `pieces/magprune`.
+"""
+
+import numpy as np
+
+from calmerge._machine import compiled
+from calmerge._watch import Array
+
+_FEW = 1024  # entries that are looked at twice
+_MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float but its sign
+
+
+@compiled()
+def bracketed(bits: Array, low: int, high: int, inside: Array) -> tuple[int, int, int]:
+    """How many magnitudes lie below `low`, how many up to `high`, and how many between, which are put into `inside`.
+
+    Args:
+        bits: int32 [n], those of floats.
+        low: bits of a magnitude.
+        high: bits of another.
+        inside: int32 [n + 1]; the magnitudes from `low` to `high`, in order.
+    """
+    below, upto, found, least, most = 0, 0, 0, np.int32(low), np.int32(high)
+    for begin in range(0, bits.size, _FEW):
+        some = bits[begin : begin + _FEW]
+        before, within = _counted(some, least, most)
+        below, upto = below + before, upto + within
+        if within > before:
+            found += _gathered(some, least, most, inside[found:])
+    return below, upto, found
+
+
+@compiled()
+def _gathered(bits: Array, low: int, high: int, inside: Array) -> int:
+    """Without a branch, which would be foreseen wrongly too often."""
+    found = 0
+    for i in range(bits.size):
+        magnitude = np.int32(bits[i] & _MAGNITUDE)
+        inside[found] = magnitude
+        found += np.intp(magnitude >= low) & np.intp(magnitude <= high)
+    return found
+
+
+@compiled()
+def binned(inside: Array, low: int, shift: int, counts: Array, least: Array, most: Array) -> None:
+    """Count magnitudes in bins, and keep the smallest and the largest of each.
+
+    Args:
+        inside: int32 [n], bits of magnitudes.
+        low: bits of the smallest one of the first bin.
+        shift: how many low bits differ within a bin.
+        counts: int64 [bins].
+        least: int32 [bins].
+        most: int32 [bins].
+    """
+    for i in range(inside.size):
+        bin = (inside[i] - low) >> shift
+        counts[bin] += 1
+        least[bin] = min(least[bin], inside[i])
+        most[bin] = max(most[bin], inside[i])
+
+
+@compiled()
+def _counted(bits: Array, low: int, high: int) -> tuple[int, int]:
+    below, upto = np.int32(0), np.int32(0)
+    for i in range(bits.size):
+        magnitude = np.int32(bits[i] & _MAGNITUDE)
+        below += np.int32(magnitude < low)
+        upto += np.int32(magnitude <= high)
+    return below, upto  # type: ignore[return-value]
+
+
+@compiled()
+def drawn(true: Array, upper: Array, low: int, high: int, first: int, odd: int) -> None:
+    """Whether 16-bit draws lie below limits, and (2) whether they meet them, which leaves it open.
+
+    Args:
+        true: uint8 [n].
+        upper: uint16 [n], or [1] for all.
+        low: half of the stream, which comes in before the mix.
+        high: the other half, which comes in between.
+        first: the number of the first pair of draws, 32 bits of it.
+        odd: 1 where the first draw is the second of its pair.
+    """
+    halves = np.empty(_FEW + 2, np.uint16)
+    pairs = halves.view(np.uint32)
+    for begin in range(0, true.size, _FEW):
+        count = min(_FEW, true.size - begin)
+        _mixed(pairs[: (odd + count + 1) // 2], np.uint32(first + begin // 2 + low), np.uint32(high))
+        some, here = halves[odd : odd + count], true[begin : begin + count]
+        if upper.size == 1:
+            equal = _less_than_one(some, upper[0], here)
+        else:
+            equal = _less(some, upper[begin : begin + count], here)
+        if equal:
+            for i in range(count):
+                if some[i] == upper[0 if upper.size == 1 else begin + i]:
+                    here[i] = 2
+
+
+@compiled()
+def _less_than_one(x: Array, limit: int, z: Array) -> int:
+    """Whether each is less than a limit; not 0 if one is equal to it."""
+    equal = np.uint16(0)
+    for i in range(x.size):
+        z[i] = x[i] < limit
+    for i in range(x.size):
+        equal |= np.uint16(x[i] == limit)
+    return equal  # type: ignore[return-value]
+
+
+@compiled()
+def _less(x: Array, limits: Array, z: Array) -> int:
+    equal = np.uint16(0)
+    for i in range(x.size):
+        z[i] = x[i] < limits[i]
+    for i in range(x.size):
+        equal |= np.uint16(x[i] == limits[i])
+    return equal  # type: ignore[return-value]
+
+
+@compiled()
+def _mixed(pairs: Array, first: int, high: int) -> None:
+    """The mix of `_random._mix32` for numbers below 2^32."""
+    for i in range(pairs.size):
+        x = np.uint32(first + np.uint32(i))
+        x ^= np.uint32(x >> np.uint32(16))
+        x = np.uint32(x * np.uint32(0x21F0AAAD))
+        x ^= np.uint32(x >> np.uint32(15))
+        x ^= high
+        x = np.uint32(x * np.uint32(0x735A2D97))
+        x ^= np.uint32(x >> np.uint32(15))
+        pairs[i] = x
+
+
+@compiled()
+def between(rows: Array, first: int, last: int, out: Array) -> None:
+    """The entries of each row whose magnitudes lie between those of two ranks, both included, and 0 for the others.
+
+    Args:
+        rows: float32 [rows, n].
+        first: a rank, 1 for the smallest.
+        last: another.
+        out: float32 [rows, n].
+    """
+    counts, some = np.empty((2, 2048), np.int32), np.empty(rows.shape[1], np.int32)
+    for r in range(rows.shape[0]):
+        bits = rows[r].view(np.int32)
+        _count_bins(bits, counts)
+        low, high = _nth(bits, counts, some, first), _nth(bits, counts, some, last)
+        _kept(rows[r], np.int32(low), np.int32(high), out[r])
+
+
+@compiled()
+def _kept(x: Array, low: int, high: int, z: Array) -> None:
+    bits = x.view(np.int32)
+    for i in range(x.size):
+        magnitude = np.int32(bits[i] & _MAGNITUDE)
+        z[i] = x[i] * np.float32((magnitude >= low) & (magnitude <= high))
+
+
+@compiled()
+def _count_bins(bits: Array, counts: Array) -> None:
+    """How many magnitudes have each of the upper 11 bits; in two halves, so that one count does not wait for the
+    other."""
+    counts[:] = 0
+    for i in range(bits.size):
+        counts[i & 1, (bits[i] & _MAGNITUDE) >> np.int32(20)] += np.int32(1)
+
+
+@compiled()
+def _nth(bits: Array, counts: Array, some: Array, rank: int) -> int:
+    """The bits of the magnitude of a rank: what bin it lies in, and its place among the few that are there."""
+    before, bin = 0, 0
+    while before + counts[0, bin] + counts[1, bin] < rank:
+        before += counts[0, bin] + counts[1, bin]
+        bin += 1
+    found = 0
+    for i in range(bits.size):
+        magnitude = np.int32(bits[i] & _MAGNITUDE)
+        if (magnitude >> np.int32(20)) == bin:
+            some[found] = magnitude
+            found += 1
+    wanted, low, high = rank - before - 1, 0, found - 1
+    while low < high:  # Hoare's selection
+        pivot, i, j = some[(low + high) >> 1], low, high
+        while i <= j:
+            while some[i] < pivot:
+                i += 1
+            while some[j] > pivot:
+                j -= 1
+            if i <= j:
+                some[i], some[j] = some[j], some[i]
+                i += 1
+                j -= 1
+        if wanted <= j:
+            high = j
+        elif wanted >= i:
+            low = i
+        else:
+            break
+    return some[wanted]  # type: ignore[no-any-return]
+
+
+@compiled()
+def keyed(rows: Array, keys: Array) -> None:
+    """One machine word for each entry that sorts by magnitude, and of equal ones by its place in the row.
+
+    Args:
+        rows: int32 [rows, n], bits of floats.
+        keys: int64 [rows, n].
+    """
+    for r in range(rows.shape[0]):
+        for i in range(rows.shape[1]):
+            keys[r, i] = (np.int64(rows[r, i] & _MAGNITUDE) << 32) | i
+
+
+@compiled()
+def scattered(keys: Array, line: Array, out: Array) -> None:
+    """`line[r]` where the entry of rank r of a row stood, by sorted keys.
+
+    Args:
+        keys: int64 [rows, n].
+        line: float32 [n].
+        out: float32 [rows, n].
+    """
+    for r in range(keys.shape[0]):
+        for i in range(keys.shape[1]):
+            out[r, keys[r, i] & 0xFFFFFFFF] = line[i]
