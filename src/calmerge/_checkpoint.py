@@ -82,7 +82,7 @@ class Checkpoint(Weights):
             first, last, _ = rows.indices(shape[0])
             start, stop, shape = start + first * row, start + max(first, last) * row, (max(0, last - first), *shape[1:])
         data = np.empty(stop - start, np.uint8)
-        self.fill(memoryview(data), number, start)
+        self.fill(memoryview(data), number, start)  # type: ignore[arg-type]
         tensor = torch.frombuffer(data, dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
         leaf(tensor, (start - entry.start) // dtype.itemsize, _Rows(self, number, entry.start, row))
         if memo is not None:
@@ -153,12 +153,12 @@ class _Rows(Stored):
     row: int
 
     def __call__(self, rows: slice, offset: int, into: Array) -> None:
-        self.checkpoint.fill(memoryview(into), self.number, self._first(rows))
+        self.checkpoint.fill(memoryview(into), self.number, self.first(rows))  # type: ignore[arg-type]
 
-    def open(self, rows: slice) -> tuple[int, int]:
-        return self.checkpoint.open(self.number), self._first(rows)
+    def open(self) -> int:
+        return self.checkpoint.open(self.number)
 
-    def _first(self, rows: slice) -> int:
+    def first(self, rows: slice) -> int:
         return self.start + (rows.start or 0) * self.row
 
 

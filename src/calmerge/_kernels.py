@@ -206,6 +206,13 @@ def _nth(bits: Array, counts: Array, some: Array, rank: int) -> int:
 
 
 @compiled()
+def spread(first: int, step: int, limit: int, out: Array) -> None:
+    """Whether i * step mod 2^32 is at most `limit`, for indices from `first` on."""
+    for i in range(out.size):
+        out[i] = np.uint32(np.uint32(first + i) * np.uint32(step)) <= np.uint32(limit)
+
+
+@compiled()
 def keyed(rows: Array, keys: Array) -> None:
     """One machine word for each entry that sorts by magnitude, and of equal ones by its place in the row.
 

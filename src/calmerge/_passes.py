@@ -67,8 +67,8 @@ def run_passes(
     def parts(stretch: tuple[str, list[slice]]) -> tuple[int, list[list[Any]]]:
         name, blocks = stretch
         found = []
-        for rows in blocks:  # in order, and of one size: float sums depend on both
-            site, values = site_of(weights, name, rows), iter(reader.read(name, rows))
+        for rows, tensors in reader.each(name, blocks):  # in order, and of one size: float sums depend on both
+            site, values = site_of(weights, name, rows), iter(tensors)
             found.append([
                 fold.part(*itertools.islice(values, len(nodes)), site)
                 for (nodes, _), fold in zip(work, folds, strict=True)

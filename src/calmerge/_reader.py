@@ -1,7 +1,7 @@
 """Blocks of lazy weights: by a tape where there is one, by torch otherwise; the same to the bit."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calmerge._compiled import usable
 from calmerge._watch import Array
-from calmerge._weights import ALL, Memo, Node, Site, Weights, row_size, site_of, value_at
+from calmerge._weights import ALL, Memo, Node, Number, Site, Weights, row_size, site_of, value_at
 
 if TYPE_CHECKING:
     from calmerge._tape import Tape
@@ -42,22 +42,38 @@ class Reader:
 
     def read(self, name: str, rows: slice) -> list[Tensor]:
         """What each node is at some rows of a tensor."""
-        site = site_of(self._lead, name, rows)
-        memo: Memo = {}
-        tape = self._tape(name)
-        if tape is not None:
-            found = tape.play(self._shape(name, rows), rows, site.offset)
-            if found is not None:
-                planes = iter(found)
-                return [next(planes) if isinstance(n, Weights) else value_at(n, site, rows, memo) for n in self._nodes]
-        return [value_at(node, site, rows, memo) for node in self._nodes]
+        return next(self.each(name, [rows]))[1]
 
-    def together(self, name: str, rows: Sequence[slice]) -> list[slice]:
-        """The same rows, in one block where that is quicker: of a tape that reads from files little stays in memory."""
+    def each(
+        self, name: str, blocks: Sequence[slice], *, together: bool = False
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
+        """What each node is at several blocks of a tensor, one after the other, with the rows.
+
+        Args:
+            name: of the tensor.
+            blocks: rows that follow each other.
+            together: whether they may come as one where that is quicker: of a tape that reads files little is held.
+        """
         tape = self._tape(name)
-        if tape is None or not tape.streams or len(rows) == 1:
-            return list(rows)
-        return [slice(rows[0].start, rows[-1].stop)]
+        if tape is None:
+            for rows in blocks:
+                yield rows, self._by_torch(name, rows)
+            return
+        if together and tape.streams and len(blocks) > 1:
+            blocks = [slice(blocks[0].start, blocks[-1].stop)]
+        with tape.opened() as handles:
+            for rows in blocks:
+                site = site_of(self._lead, name, rows)
+                found = tape.play(self._shape(name, rows), rows, site.offset, handles)
+                if found is None:
+                    yield rows, self._by_torch(name, rows)
+                else:
+                    planes = iter(found)
+                    yield rows, [next(planes) if isinstance(n, Weights) else _number(n, site) for n in self._nodes]
+
+    def _by_torch(self, name: str, rows: slice) -> list[Tensor]:
+        site, memo = site_of(self._lead, name, rows), Memo()
+        return [value_at(node, site, rows, memo) for node in self._nodes]
 
     def _shape(self, name: str, rows: slice) -> tuple[int, ...]:
         spec = self._lead.specs[name]
@@ -93,7 +109,10 @@ class Reader:
                 tape = recorder.tape(seen)
         except Unrecordable:
             return None
-        played = tape and tape.play(self._shape(name, rows), rows, offset)
+        if tape is None:
+            return None
+        with tape.opened() as handles:
+            played = tape.play(self._shape(name, rows), rows, offset, handles)
         return tape if played and all(map(_same, played, seen)) else None
 
 
@@ -114,6 +133,11 @@ class Remade:
         """Compute some rows."""
         made = self._fn(*self._reader.read(self._name, rows), Site(self._name, offset))
         into[:] = _bytes(made)
+
+
+def _number(node: Node, site: Site) -> Tensor:
+    assert isinstance(node, Number)
+    return node.at(site)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

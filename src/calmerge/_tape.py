@@ -6,7 +6,7 @@ inputs into registers, works on them step by step, and stores those that come ou
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -92,23 +92,33 @@ class Tape:
         """Whether all that is loaded comes from files."""
         return all(isinstance(one.fill, Stored) for one in self.inputs)
 
-    def play(self, shape: tuple[int, ...], rows: slice, offset: int) -> list[Tensor] | None:
+    @contextmanager
+    def opened(self) -> Iterator[list[int]]:
+        """The files of its inputs, open."""
+        handles: list[int] = []
+        try:
+            handles += [one.fill.open() for one in self.inputs if isinstance(one.fill, Stored)]
+            yield handles
+        finally:
+            for handle in handles:
+                os.close(handle)
+
+    def play(self, shape: tuple[int, ...], rows: slice, offset: int, handles: Sequence[int]) -> list[Tensor] | None:
         """Every output for some rows of a tensor; None where an input was not finite or could not be read.
 
         Args:
             shape: that these rows have.
             rows: of the tensor.
             offset: the index of the first entry.
+            handles: as from `opened`.
         """
         n = torch.Size(shape).numel()
         code, starts, ends = self._layout(n)
-        with _lent("buffers", starts[-1], np.uint8) as data, ExitStack() as opened:
-            files = []
+        with _lent("buffers", starts[-1], np.uint8) as data:
+            files: list[tuple[int, int, int, int]] = []
             for one, start in zip(self.inputs, starts, strict=False):
                 if isinstance(one.fill, Stored):
-                    handle, first = one.fill.open(rows)
-                    opened.callback(os.close, handle)
-                    files.append((handle, first, LOADS[one.dtype][1], start))
+                    files.append((handles[len(files)], one.fill.first(rows), LOADS[one.dtype][1], start))
                 else:
                     one.fill(rows, offset, data[start : start + one.size(n)])
             out = np.empty(ends[-1], np.uint8)

@@ -29,8 +29,17 @@ class Stored(ABC):
         """As any `Fill`."""
 
     @abstractmethod
-    def open(self, rows: slice, /) -> tuple[int, int]:
-        """The open file, and the first byte of some rows of the tensor in it."""
+    def open(self) -> int:
+        """The file, opened for reading."""
+
+    @abstractmethod
+    def first(self, rows: slice, /) -> int:
+        """The first byte in it of some rows of the tensor."""
+
+
+def recording() -> bool:
+    """Whether a recorder is watching, so that a chain of single steps is better than one quick call."""
+    return getattr(watching, "recorder", None) is not None
 
 
 def leaf(tensor: Tensor, offset: int, fill: Fill) -> Tensor:

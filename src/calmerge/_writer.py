@@ -251,9 +251,9 @@ def _write_files(
             spec = weights.specs[name]
             row_bytes = spec.nbytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
             size = 0
-            for rows in reader.together(name, blocks):
+            for rows, tensors in reader.each(name, blocks, together=True):
                 start = len(head) + starts[name] + (rows.start or 0) * row_bytes
-                for handle, tensor in zip(handles, reader.read(name, rows), strict=True):
+                for handle, tensor in zip(handles, tensors, strict=True):
                     view, at = _raw(tensor), start
                     size += len(view)
                     while len(view):

@@ -58,10 +58,20 @@ def test_every_tensor_has_its_own_cut() -> None:
     assert {n: mask[n].tolist() for n in mask} == {"a": [True, False], "b": [False, True]}
 
 
-def test_the_count_may_be_a_measure() -> None:
+def test_a_share_is_one_of_the_entries_that_are_not_0(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = StateDict({"w": torch.tensor([0.0, 3.0, 1.0, 2.0])})
-    half = total(weights, lambda w: (w != 0).sum()).map(lambda m: (m * 0.7).floor())
-    assert weights.map(among, largest(weights, lambda name, n: half))["w"].tolist() == [False, True, False, True]
+    for held in (0, 100):
+        monkeypatch.setattr("calmerge.pieces.largest._HELD", held)
+        assert weights.map(among, largest(weights, lambda name, n: 0.7))["w"].tolist() == [False, True, False, True]
+
+
+def test_a_tensor_that_can_be_held_gets_the_cut_of_one_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    tau = (uniform((64, 40), "coarse") * 4).floor() - 1.5
+    for counts in (0.3, [700], [0], [2560], [1]):
+        monkeypatch.setattr("calmerge.pieces.largest._HELD", 1 << 22)
+        at_once = keep_largest(vectors(tau), lambda name, n, k=counts: k)["w"]
+        monkeypatch.setattr("calmerge.pieces.largest._HELD", 0)
+        assert torch.equal(at_once, keep_largest(vectors(tau), lambda name, n, k=counts: k)["w"])
 
 
 def test_any_block_and_any_number_of_threads_give_the_same_choice() -> None:

@@ -84,8 +84,7 @@ def select_calculate_erase(tvs: TaskVectors, select_topk: float, *, floor: float
 
 def _select(tvs: TaskVectors, share: float) -> TaskVectors:
     variance = tvs.reduce(lambda tau, site: averaged((tau - averaged(tau)).square_()))
-    varying = {n: total(variance.only_names([n]), torch.count_nonzero) for n in variance}
-    cut = largest(variance, lambda name, n: varying[name].map(lambda m: (m * share).floor()))
+    cut = largest(variance, lambda name, n: float(share))
     return tvs.transform(lambda tau, v, at, site: masked(tau, among(v, at, site)), variance, cut)
 
 

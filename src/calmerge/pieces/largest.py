@@ -7,18 +7,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmerge._measure import Fold, Measure, Pass, PerTensor, kth_magnitude
+from calmerge._compiled import kernels
+from calmerge._measure import Fold, Measure, Pass, PerTensor, kth_magnitude, total
 from calmerge._task_vectors import TaskVectors
-from calmerge._weights import Site, Weights
+from calmerge._watch import leaf, recording
+from calmerge._weights import ALL, Site, Weights
 from calmerge.pieces.mask import masked
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _GATHERED = 1 << 21  # indices taken along at most, over all tasks
+_HELD = 1 << 22  # magnitudes held at most to find the cut of a tensor at once: 16 MB a thread
 _HALF = 1 << 16
 _STEP = 2654435769  # 2^32 over the golden ratio, odd: i -> i * _STEP mod 2^32 is one to one and spreads its values
-Counts = Callable[[str, int], Sequence[int] | Measure]
-"""From name and size of a tensor to how many of its entries each task keeps."""
+Counts = Callable[[str, int], Sequence[int] | float]
+"""From name and size of a tensor to how many of its entries each task keeps, or what share of those that are not 0."""
 
 
 def keep_largest(tvs: TaskVectors, counts: Counts) -> TaskVectors:
@@ -42,7 +45,8 @@ def largest(weights: Weights, counts: Counts) -> PerTensor:
     Args:
         weights: float tensors; of task vectors, one cut for each task.
         counts: from name and number of entries of a tensor to how many stay, for each task (of other weights, one
-            number); 0 keeps none, the number of entries keeps all. It may give a measure.
+            number); 0 keeps none, the number of entries keeps all. A float is the share that stays of the entries
+            other than 0, rounded down.
 
     >>> from calmerge import StateDict
     >>> weights = StateDict({"w": torch.tensor([3.0, -1.0, 2.0, 0.5])})
@@ -56,6 +60,8 @@ def largest(weights: Weights, counts: Counts) -> PerTensor:
 
 def among(tensor: Tensor, cut: Tensor, site: Site) -> Tensor:
     """Whether each entry of a block is among the largest, by the `cut` of `largest`: [T, 2] for blocks [T, ...]."""
+    if recording():
+        return _among(tensor.reshape(len(cut), -1).abs(), cut, site).reshape(tensor.shape)
     size = tensor.detach().cpu().float().reshape(len(cut), -1).abs().numpy()
     at, limit = cut[:, :1].cpu().float().numpy(), cut[:, 1].cpu().numpy()
     chosen = size >= at
@@ -65,29 +71,56 @@ def among(tensor: Tensor, cut: Tensor, site: Site) -> Tensor:
     return torch.from_numpy(chosen).reshape(tensor.shape).to(tensor.device)
 
 
+def _among(size: Tensor, cut: Tensor, site: Site) -> Tensor:
+    """As `among`, in single steps that a tape can say."""
+    chosen = []
+    for magnitudes, (at, limit) in zip(size, cut.tolist(), strict=True):
+        if limit < 1 << 32:
+            first = _first(magnitudes.numel(), int(limit), site.offset)
+            chosen.append((magnitudes > at) | ((magnitudes == at) & first))
+        else:
+            chosen.append(magnitudes >= at)
+    return torch.stack(chosen)
+
+
+def _first(n: int, limit: int, offset: int) -> Tensor:
+    """Whether the spread indices of a block are at most `limit`."""
+
+    def fill(rows: slice, at: int, into: Array) -> None:
+        loops = kernels()
+        if loops is not None:
+            loops.spread(at & 0xFFFFFFFF, _STEP, limit, into)
+        else:
+            into[:] = _spread(np.arange(at, at + len(into))) <= limit
+
+    found = np.empty(n, np.uint8)
+    fill(ALL, offset, found)
+    return leaf(torch.from_numpy(found).view(torch.bool), offset, fill)
+
+
 def _spread(index: Array) -> Array:
     return (index * _STEP) & 0xFFFFFFFF
 
 
-def _cut(weights: Weights, counts: Sequence[int] | Measure) -> Measure:
+def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
     """[T, 2]: the smallest magnitude that stays, and the largest spread index with which it does."""
     n, tasks = weights.numel, len(weights.tasks) if isinstance(weights, TaskVectors) else 1
-
-    def wanted() -> Tensor:
-        found = counts.value() if isinstance(counts, Measure) else torch.tensor(counts)
-        return found.long().reshape(-1, 1).expand(tasks, 1)[:, 0]
-
-    if isinstance(counts, Measure):
-        threshold = kth_magnitude(weights, counts.map(lambda k: (n + 1 - k.long()).clamp(1, max(1, n))))
+    if not isinstance(counts, float):
+        k = torch.tensor(counts).expand(tasks)
+        if not n or bool(((k <= 0) | (k >= n)).all()):
+            return Measure((), lambda: _trivial(k, n), passes=0)
+    if n * tasks <= _HELD:
+        return Measure((weights,), lambda: _at_once(tasks, counts), passes=1)
+    if isinstance(counts, float):
+        varying = total(weights, lambda block: torch.count_nonzero(block.reshape(tasks, -1), 1))
+        number: Measure | None = varying.map(lambda m: (m * counts).floor().long())
+        threshold = kth_magnitude(weights, number.map(lambda k: (n + 1 - k).clamp(1, n)))
     else:
-        if all(k <= 0 or k >= n for k in counts):
-            return Measure((), lambda: _trivial(wanted(), n), passes=0)
-        threshold = kth_magnitude(weights, [min(max(n + 1 - k, 1), n) for k in counts])
+        number = None
+        threshold = kth_magnitude(weights, [min(max(n + 1 - int(one), 1), n) for one in k])
 
     def rounds() -> Generator[Pass, Any, Tensor]:
-        at, k = threshold.value(), wanted()
-        if not n:
-            return _whole(k, n)
+        at, wanted = threshold.value(), k if number is None else number.value()
         left = np.zeros(tasks, np.int64)  # how many of the equal ones stay
         limit = np.full(tasks, 1 << 32)
         search = _Equal(tasks, at, dict.fromkeys(range(tasks), (0, 32)))
@@ -97,7 +130,7 @@ def _cut(weights: Weights, counts: Sequence[int] | Measure) -> Measure:
             for t, (first, width) in search.within.items():
                 above, keys, bins, _ = counted[t]
                 if width == 32:
-                    left[t] = k[t] - above
+                    left[t] = wanted[t] - above
                 if keys is None:  # too many to take along: look inside the bin that holds the last one that stays
                     running = bins.cumsum()
                     if running[-1] > left[t]:
@@ -111,9 +144,36 @@ def _cut(weights: Weights, counts: Sequence[int] | Measure) -> Measure:
                         limit[t] = np.partition(found, left[t] - 1)[left[t] - 1]
             search = _Equal(tasks, at, {t: bits for t, bits in within.items() if bits[1]})
         cut = torch.stack([at.double(), torch.from_numpy(limit).double()], 1)
-        return torch.where(((k <= 0) | (k >= n))[:, None], _whole(k, n), cut)
+        return torch.where(((wanted <= 0) | (wanted >= n))[:, None], _whole(wanted, n), cut)
 
-    return Measure((weights, threshold), rounds, passes=1)
+    return Measure((weights, threshold) if number is None else (weights, threshold, number), rounds, passes=1)
+
+
+def _at_once(tasks: int, counts: Sequence[int] | float) -> Generator[Pass, Any, Tensor]:
+    """The cut of a tensor that can be held, from its magnitudes."""
+    parts = yield Fold(lambda block, *_: _magnitudes(block, tasks), _chain)
+    cuts = []
+    for t, row in enumerate(np.concatenate(parts, 1)):
+        n = len(row)
+        k = int(np.count_nonzero(row) * counts) if isinstance(counts, float) else int(counts[t % len(counts)])
+        if k <= 0 or k >= n:
+            cuts.append(_whole(torch.tensor([k]), n)[0])
+            continue
+        at, limit = np.partition(row, n - k)[n - k], 1 << 32
+        if at > 0:
+            keys, left = _spread(np.flatnonzero(row == at)), k - int(np.count_nonzero(row > at))
+            if left < len(keys):
+                limit = int(np.partition(keys, left - 1)[left - 1])
+        cuts.append(torch.tensor([float(at), float(limit)], dtype=torch.float64))
+    return torch.stack(cuts)
+
+
+def _magnitudes(block: Tensor, tasks: int) -> Array:
+    return block.detach().cpu().float().reshape(tasks, -1).abs().numpy()
+
+
+def _chain(so_far: list[Array] | None, part: Array) -> list[Array]:
+    return [*(so_far or []), part]
 
 
 class _Equal:
@@ -130,7 +190,7 @@ class _Equal:
 
     def part(self, block: Tensor, *others: Any) -> dict[int, tuple[int, Array]]:
         """What one block has."""
-        size = block.detach().cpu().float().reshape(self._tasks, -1).abs().numpy()
+        size = _magnitudes(block, self._tasks)
         found = {}
         for t, (first, width) in self.within.items():
             above = int(np.count_nonzero(size[t] > self._at[t]))
