@@ -5,7 +5,6 @@ import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ _DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
 }  # fmt: skip
 _AGAIN = "Nothing of it can be trusted; start again once it is whole."
+_PIECE = 1 << 20  # bytes that are hashed at a time, while other threads run
 _NO_WEIGHTS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt"}  # of a trainer
 
 
@@ -64,6 +64,7 @@ class Checkpoint(Weights):
         }
         self.foreign = {name: e.dtype for name, (_, e) in self.entries.items() if name not in self.specs}
         self._states = [_state(file.stat()) for file in files]
+        self._hashes: dict[Path, str] = {}
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The tensor, or some rows of it, straight from the file.
@@ -137,10 +138,23 @@ class Checkpoint(Weights):
         """Sizes and times of the files."""
         return ",".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in self.files)
 
-    @cached_property
+    @property
     def hashes(self) -> dict[str, str]:
         """SHA-256 by file name."""
-        return {file.name: sha256(file) for file in self.files}
+        return {file.name: self.hash(file) for file in self.files}
+
+    def hash(self, file: Path) -> str:
+        """SHA-256 of one of its files, found once.
+
+        Raises:
+            CheckpointError: the file was taken away.
+        """
+        if file not in self._hashes:
+            try:
+                self._hashes[file] = sha256(file)
+            except OSError as e:
+                raise CheckpointError(f"{file}: cannot be read any more ({e.strerror}). {_AGAIN}") from None
+        return self._hashes[file]
 
 
 @dataclass(frozen=True)
@@ -215,8 +229,11 @@ def _state(stat: os.stat_result) -> tuple[int, int, int]:
 
 def sha256(file: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    with file.open("rb", buffering=0) as f:
+        while got := f.readinto(buffer):
+            digest.update(buffer[:got])
+    return digest.hexdigest()
 
 
 def _untied(module: nn.Module) -> dict[str, Tensor]:

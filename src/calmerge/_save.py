@@ -3,8 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,10 @@ def save(
     work = plan(weights, *others, shard=shard, chunk=chunk, threads=threads, max_memory=max_memory)
     need = work.writes + sum(head.nbytes for head in tvs.heads.values())
     key = None if recipe is None else _key(tvs, recipe, weights, shard)
-    with resumable_folder(path, need=need, key=key, resume=resume) as (folder, journal):
+    with (
+        resumable_folder(path, need=need, key=key, resume=resume) as (folder, journal),
+        _hashing(tvs) as hashed,
+    ):
         side = copy_side_files(tvs.base, folder, dtype=None if patched else dtype)
         files = write_weights(
             folder, weights, shard=shard, chunk=work.chunk, threads=work.threads, run=run, journal=journal
@@ -104,7 +108,7 @@ def save(
             "calmerge": own_version(),
             "versions": versions(),
             "recipe": recipe,
-            "inputs": input_hashes(tvs),
+            "inputs": hashed(),
             "merged": len(patched.specs if patched else vector.specs),
             "not_merged": tvs.skipped,
             "tasks": list(tvs.tasks),
@@ -209,6 +213,24 @@ def input_hashes(tvs: TaskVectors) -> dict[str, dict[str, str]]:
     inputs = {"base": tvs.base} | {f"expert {t}": w for t, w in tvs.experts.items()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(inputs, pool.map(hashes, inputs.values()), strict=True))
+
+
+@contextmanager
+def _hashing(tvs: TaskVectors) -> Iterator[Callable[[], dict[str, dict[str, str]]]]:
+    """Begins to hash the files of all inputs beside whatever is done meanwhile; a function that waits for the hashes."""
+    behind = {id(c): c for w in (tvs.base, *tvs.experts.values()) for c in checkpoints_behind(w)}
+    pool = ThreadPoolExecutor(os.cpu_count())
+    begun = [pool.submit(one.hash, file) for one in behind.values() for file in one.files]
+
+    def hashed() -> dict[str, dict[str, str]]:
+        for one in begun:
+            one.result()
+        return input_hashes(tvs)
+
+    try:
+        yield hashed
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def versions() -> dict[str, str]:
