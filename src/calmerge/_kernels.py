@@ -74,36 +74,14 @@ def _counted(bits: Array, low: int, high: int) -> tuple[int, int]:
 
 
 @compiled()
-def drawn(true: Array, upper: Array, low: int, high: int, first: int, odd: int) -> None:
-    """Whether 16-bit draws lie below limits, and (2) whether they meet them, which leaves it open.
+def less_than_one(x: Array, limit: int, z: Array) -> int:
+    """Whether each is less than a limit; not 0 if one is equal to it.
 
     Args:
-        true: uint8 [n].
-        upper: uint16 [n], or [1] for all.
-        low: half of the stream, which comes in before the mix.
-        high: the other half, which comes in between.
-        first: the number of the first pair of draws, 32 bits of it.
-        odd: 1 where the first draw is the second of its pair.
+        x: uint16 [n].
+        limit: uint16.
+        z: uint8 [n].
     """
-    halves = np.empty(_FEW + 2, np.uint16)
-    pairs = halves.view(np.uint32)
-    for begin in range(0, true.size, _FEW):
-        count = min(_FEW, true.size - begin)
-        _mixed(pairs[: (odd + count + 1) // 2], np.uint32(first + begin // 2 + low), np.uint32(high))
-        some, here = halves[odd : odd + count], true[begin : begin + count]
-        if upper.size == 1:
-            equal = _less_than_one(some, upper[0], here)
-        else:
-            equal = _less(some, upper[begin : begin + count], here)
-        if equal:
-            for i in range(count):
-                if some[i] == upper[0 if upper.size == 1 else begin + i]:
-                    here[i] = 2
-
-
-@compiled()
-def _less_than_one(x: Array, limit: int, z: Array) -> int:
-    """Whether each is less than a limit; not 0 if one is equal to it."""
     equal = np.uint16(0)
     for i in range(x.size):
         z[i] = x[i] < limit
@@ -113,7 +91,8 @@ def _less_than_one(x: Array, limit: int, z: Array) -> int:
 
 
 @compiled()
-def _less(x: Array, limits: Array, z: Array) -> int:
+def less(x: Array, limits: Array, z: Array) -> int:
+    """As `less_than_one`, with a limit for each."""
     equal = np.uint16(0)
     for i in range(x.size):
         z[i] = x[i] < limits[i]
@@ -123,14 +102,21 @@ def _less(x: Array, limits: Array, z: Array) -> int:
 
 
 @compiled()
-def _mixed(pairs: Array, first: int, high: int) -> None:
-    """The mix of `_random._mix32` for numbers below 2^32."""
+def mixed(pairs: Array, first: int, high: int) -> None:
+    """The mix of `_random._mix32` for pairs of draws whose numbers are below 2^31.
+
+    Args:
+        pairs: uint32 [pairs].
+        first: the number of the first, and half of the stream added to it; 32 bits.
+        high: the other half.
+    """
+    start, half = np.uint32(first), np.uint32(high)
     for i in range(pairs.size):
-        x = np.uint32(first + np.uint32(i))
+        x = np.uint32(start + np.uint32(i))
         x ^= np.uint32(x >> np.uint32(16))
         x = np.uint32(x * np.uint32(0x21F0AAAD))
         x ^= np.uint32(x >> np.uint32(15))
-        x ^= high
+        x ^= half
         x = np.uint32(x * np.uint32(0x735A2D97))
         x ^= np.uint32(x >> np.uint32(15))
         pairs[i] = x
@@ -226,14 +212,29 @@ def keyed(rows: Array, keys: Array) -> None:
 
 
 @compiled()
-def scattered(keys: Array, line: Array, out: Array) -> None:
-    """`line[r]` where the entry of rank r of a row stood, by sorted keys.
+def pruned(
+    rows: Array, keys: Array, draws: Array, chance: Array, upper: Array, divided: bool, out: Array, met: Array
+) -> int:
+    """Entries whose draws are not below the limit of their rank; of how many the draw is equal to it.
 
     Args:
-        keys: int64 [rows, n].
-        line: float32 [n].
+        rows: float32 [rows, n].
+        keys: int64 [rows, n], as from `keyed`, sorted.
+        draws: uint16 [rows, n].
+        chance: float32 [n], by rank.
+        upper: uint16 [n], the limits by rank.
+        divided: whether entries are divided by their chances.
         out: float32 [rows, n].
+        met: int64 [most, 2]: row times n plus column, and rank, of draws that are equal, which count as kept.
     """
-    for r in range(keys.shape[0]):
-        for i in range(keys.shape[1]):
-            out[r, keys[r, i] & 0xFFFFFFFF] = line[i]
+    n, count = rows.shape[1], 0
+    for r in range(rows.shape[0]):
+        for rank in range(n):
+            i = keys[r, rank] & 0xFFFFFFFF
+            value = rows[r, i] / chance[rank] if divided else rows[r, i]
+            out[r, i] = value * np.float32(draws[r, i] >= upper[rank])
+            if draws[r, i] == upper[rank]:
+                if count < met.shape[0]:
+                    met[count, 0], met[count, 1] = r * n + i, rank
+                count += 1
+    return count

@@ -59,28 +59,55 @@ def bernoulli(shape: tuple[int, ...], share: float | Tensor, *key: object, offse
     return leaf(drawn, offset, again)
 
 
-def _below(n: int, share: float | Array, key: tuple[object, ...], offset: int) -> Array:
-    limits = np.multiply(share, 65536, dtype=np.float32)
-    upper = np.minimum(limits, 65535).astype(np.uint16)
-    true, equal = _drawn(n, upper, _stream(key), offset)
-    for i in equal:
-        rest = (limits - upper) if limits.ndim == 0 else limits[i] - upper[i]
-        true[i] = (_stream((*key, offset + int(i))) >> 48) < rest * 65536
-    return true
+class Limits:
+    """Shares as the machine words that draws are compared with: 16 bits, and what is left of each where those meet.
+
+    Args:
+        share: in [0, 1].
+    """
+
+    def __init__(self, share: float | Array) -> None:
+        limits = np.multiply(share, 65536, dtype=np.float32).reshape(-1)
+        self.upper = np.minimum(limits, 65535).astype(np.uint16)
+        self._rest = (limits - self.upper) * np.float32(65536)
+
+    def decide(self, i: int, index: int, key: tuple[object, ...]) -> bool:
+        """Whether the draw of the entry `index` is less than share number `i`, where its upper bits equal the limit's.
+
+        >>> Limits(1.0).decide(0, 7, ("seed",))
+        True
+        """
+        return bool((_stream((*key, index)) >> 48) < self._rest[i])
 
 
-def _drawn(n: int, upper: Array, stream: int, offset: int) -> tuple[Array, Array]:
-    """Whether draws of 16 bits are less than `upper`, and the indices of those that are equal to it."""
-    first = offset // 2
-    loops = kernels()
+def draws(n: int, key: tuple[object, ...], offset: int) -> Array:
+    """The upper 16 bits of `n` draws, from the entry `offset` on.
+
+    >>> draws(2, ("seed",), 1)[0] == draws(3, ("seed",), 0)[1]
+    True
+    """
+    first, stream = offset // 2, _stream(key)
+    pairs, loops = (offset + n + 1) // 2 - first, kernels()
     if loops is not None and offset + n <= 1 << 32:
-        found = np.empty(n, np.uint8)
-        loops.drawn(found, upper.reshape(-1), stream & 0xFFFFFFFF, stream >> 32, first, offset % 2)
-        equal = np.flatnonzero(found == 2)
-        found[equal] = 0
-        return found.view(bool), equal
-    halves = _mix32(stream, first, (offset + n + 1) // 2 - first).view(np.uint16)[offset % 2 :][:n]
-    return halves < upper, np.flatnonzero(halves == upper)
+        mixed = np.empty(pairs, np.uint32)
+        loops.mixed(mixed, (first + stream) & 0xFFFFFFFF, stream >> 32)
+    else:
+        mixed = _mix32(stream, first, pairs)
+    return mixed.view(np.uint16)[offset % 2 :][:n]
+
+
+def _below(n: int, share: float | Array, key: tuple[object, ...], offset: int) -> Array:
+    limits, drawn, loops = Limits(share), draws(n, key, offset), kernels()
+    one = len(limits.upper) == 1
+    if loops is not None:
+        true = np.empty(n, np.uint8)
+        met = loops.less_than_one(drawn, limits.upper[0], true) if one else loops.less(drawn, limits.upper, true)
+        true = true.view(bool)
+    else:
+        true, met = drawn < limits.upper, 1
+    for i in np.flatnonzero(drawn == limits.upper) if met else ():
+        true[i] = limits.decide(0 if one else i, offset + int(i), key)
+    return true
 
 
 def permutation(n: int, *key: object) -> Tensor:

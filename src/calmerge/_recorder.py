@@ -8,8 +8,10 @@ to torch; the results are the same to the bit, so that this only decides how lon
 Planes are told by where they lie in memory, so that views and operations in place need no care.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -140,18 +142,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _take_down(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        name = _name(func)
+        if name in _VIEWS:
+            return
         if name in _RESERVED or name in _FILLED:
             if isinstance(result, Tensor) and result.numel() and result.numel() % self._n == 0:
                 self._reserve(result, _FILLED[name](args) if name in _FILLED else None)
             return
-        tensors = [x for x in _flat(args) if isinstance(x, Tensor)]
-        if not any(self._known(x) for x in tensors):
+        if not any(isinstance(x, Tensor) and self._known(x) for x in _flat(args)):
             return  # of numbers
         if isinstance(result, Tensor) and result.device.type != "cpu":
             raise Unrecordable("another device")
-        if name in _VIEWS:
-            return
         if name not in _RULES or not isinstance(result, Tensor):
             raise Unrecordable(str(func))
         try:
@@ -230,11 +231,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def over(self, op: int, suffix: int, *operands: Any) -> Array:
         """The values that `op` makes of operands, which are tensors, numbers, or values already."""
         arrays = [x if isinstance(x, np.ndarray) else self._planes(x, suffix) for x in operands]
-        if any(int(v) in self._unrounded for a in arrays for v in a.flat):
+        if self._unrounded and any(int(v) in self._unrounded for a in arrays for v in a.flat):
             raise Unrecordable("arithmetic after rounding")
-        shape = np.broadcast_shapes(*(a.shape for a in arrays))
-        lists = [np.broadcast_to(a, shape).flat for a in arrays]
-        found = [self._new(op, *(int(v) for v in values)) for values in zip(*lists, strict=True)]
+        shape = max((a.shape for a in arrays), key=lambda s: (len(s), s))
+        if any(a.shape != shape and a.size > 1 for a in arrays):
+            shape = np.broadcast_shapes(*(a.shape for a in arrays))
+            arrays = [np.broadcast_to(a, shape) for a in arrays]
+        n = math.prod(shape)
+        lists = [a.ravel().tolist() * (n if a.size == 1 else 1) for a in arrays]
+        found = [self._new(op, *values) for values in zip(*lists, strict=True)]
         return np.array(found).reshape(shape)
 
 
@@ -392,6 +397,11 @@ _RULES: dict[str, Rule] = {
     "stack": _joined, "cat": _joined, "amax": _extreme(machine.MOST), "amin": _extreme(machine.LEAST),
     "fill": _filled, "zero": _filled,
 }  # fmt: skip
+
+
+@cache
+def _name(func: Any) -> str:
+    return str(func._schema.name.removeprefix("aten::").rstrip("_"))
 
 
 def _flat(args: Iterable[Any]) -> Iterable[Any]:

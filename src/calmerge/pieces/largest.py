@@ -155,7 +155,7 @@ def _at_once(tasks: int, counts: Sequence[int] | float) -> Generator[Pass, Any, 
     cuts = []
     for t, row in enumerate(np.concatenate(parts, 1)):
         n = len(row)
-        k = int(np.count_nonzero(row) * counts) if isinstance(counts, float) else int(counts[t % len(counts)])
+        k = int(np.count_nonzero(row > 0) * counts) if isinstance(counts, float) else int(counts[t % len(counts)])
         if k <= 0 or k >= n:
             cuts.append(_whole(torch.tensor([k]), n)[0])
             continue

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from calmerge._compiled import kernels
 from calmerge._errors import UsageError
-from calmerge._random import bernoulli
+from calmerge._random import Limits, bernoulli, draws
 from calmerge._signature import Fraction, Seed, check, raise_together
 from calmerge._task_vectors import TaskVectors
+from calmerge._watch import Array
 from calmerge._weights import Site
 from calmerge.pieces.mask import masked
 
@@ -86,17 +87,36 @@ def keep_by_rank(
         for t, task in enumerate(tvs.tasks):
             if density[t] >= 1:
                 continue
-            rank = ranks(tau[t].cpu()).to(tau)
-            chance = density[t] - epsilon[t] + 2 * epsilon[t] * rank
-            if not shape or shape[-1] == 1:
-                chance = torch.ones_like(chance)
-            gone = bernoulli(shape, 1 - chance, seed, site.name, task, offset=site.offset).to(tau.device)
-            result[t] = masked(tau[t] / chance if rescale == "per_element" else tau[t], ~gone)
+            width = shape[-1] if shape else 1
+            chances = density[t] - epsilon[t] + 2 * epsilon[t] * _line(width) if width > 1 else torch.ones(1)
+            key = (seed, site.name, task)
+            result[t] = _kept(tau[t], chances, key, site.offset, divided=rescale == "per_element")
             if rescale == "l1":
                 result[t] *= _l1(tau[t]) / (_l1(result[t]) or 1.0)
         return result
 
     return tvs if all(d >= 1 for d in density) else tvs.transform(kept, elementwise=rescale != "l1")
+
+
+def _kept(tensor: Tensor, chances: Tensor, key: tuple[object, ...], offset: int, *, divided: bool) -> Tensor:
+    """The entries that stay with the chance of their rank in their row, perhaps divided by it, and 0 for the others."""
+    keys, loops = _sorted(tensor), kernels()
+    if loops is not None:
+        rows = tensor.detach().cpu().float().contiguous().numpy().reshape(keys.shape)
+        limits, out, met = (
+            Limits((1 - chances).numpy()),
+            np.empty(keys.shape, np.float32),
+            np.empty((4096, 2), np.int64),
+        )
+        drawn = draws(rows.size, key, offset).reshape(keys.shape)
+        count = loops.pruned(rows, keys, drawn, chances.numpy(), limits.upper, divided, out, met)
+        if count <= len(met):
+            for i, rank in met[:count].tolist():
+                out.reshape(-1)[i] *= not limits.decide(rank, offset + i, key)
+            return torch.from_numpy(out).reshape(tensor.shape).to(tensor.device)
+    chance = _by_rank(keys, chances).reshape(tensor.shape).to(tensor.device)
+    gone = bernoulli(tuple(tensor.shape), 1 - chance, *key, offset=offset).to(tensor.device)
+    return masked(tensor / chance if divided else tensor, ~gone)
 
 
 def _l1(tensor: Tensor) -> float:
@@ -112,18 +132,30 @@ def ranks(tensor: Tensor) -> Tensor:
     >>> ranks(torch.tensor([3.0, -1.0, 1.0]))
     tensor([1.0000, 0.0000, 0.5000])
     """
+    keys = _sorted(tensor)
+    return _by_rank(keys, _line(keys.shape[1])).reshape(tensor.shape)
+
+
+def _line(n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.float32) / max(1, n - 1)
+
+
+def _sorted(tensor: Tensor) -> Array:
+    """[rows, n]: the places of the entries of a row by magnitude, in the lower half of each word."""
     n = tensor.shape[-1] if tensor.dim() else 1
-    rows = tensor.detach().reshape(-1, n).float().numpy()
-    line = torch.arange(n, dtype=torch.float32) / max(1, n - 1)
+    bits = tensor.detach().cpu().reshape(-1, n).float().contiguous().numpy().view(np.int32)
     loops = kernels()
     if loops is not None:
-        words, out = np.empty(rows.shape, np.int64), np.empty(rows.shape, np.float32)
-        loops.keyed(np.ascontiguousarray(rows).view(np.int32), words)
-        words.sort(axis=1)
-        loops.scattered(words, line.numpy(), out)
-        return torch.from_numpy(out).reshape(tensor.shape)
-    keys = (rows.view(np.int32) & 0x7FFFFFFF).astype(np.int64) << 32  # magnitudes order like their bits
-    keys |= np.arange(n)
+        keys = np.empty(bits.shape, np.int64)
+        loops.keyed(bits, keys)
+    else:
+        keys = (bits & 0x7FFFFFFF).astype(np.int64) << 32  # magnitudes order like their bits
+        keys |= np.arange(n)
     keys.sort(axis=1)  # of one machine word an entry: far quicker than sorting floats and carrying an index
+    return keys
+
+
+def _by_rank(keys: Array, line: Tensor) -> Tensor:
+    """`line[r]` where the entry of rank r of its row stands."""
     order = torch.from_numpy(keys & 0xFFFFFFFF)
-    return torch.empty(order.shape).scatter_(1, order, line.expand(order.shape)).reshape(tensor.shape)
+    return torch.empty(order.shape).scatter_(1, order, line.expand(order.shape))
