@@ -20,6 +20,7 @@ from calmerge import (
     TaskVectors,
     UsageError,
     Weights,
+    _compiled,
     _reader,
     add,
     open_checkpoint,

@@ -4,6 +4,8 @@ They let other threads run. Each stands beside the NumPy lines that it takes the
 `drawn` in `_random`, `between` in `pieces/middle`, `keyed` in `pieces/magprune`.
 """
 
+from typing import Any
+
 import numpy as np
 
 from calmerge._machine import compiled
@@ -34,9 +36,9 @@ def bracketed(bits: Array, low: int, high: int, inside: Array) -> tuple[int, int
 
 
 @compiled()
-def _gathered(bits: Array, low: int, high: int, inside: Array) -> int:
+def _gathered(bits: Array, low: Any, high: Any, inside: Array) -> Any:
     """Without a branch, which would be foreseen wrongly too often."""
-    found = 0
+    found: Any = 0
     for i in range(bits.size):
         magnitude = np.int32(bits[i] & _MAGNITUDE)
         inside[found] = magnitude
@@ -64,7 +66,7 @@ def binned(inside: Array, low: int, shift: int, counts: Array, least: Array, mos
 
 
 @compiled()
-def _counted(bits: Array, low: int, high: int) -> tuple[int, int]:
+def _counted(bits: Array, low: Any, high: Any) -> tuple[int, int]:
     below, upto = np.int32(0), np.int32(0)
     for i in range(bits.size):
         magnitude = np.int32(bits[i] & _MAGNITUDE)
@@ -141,7 +143,7 @@ def between(rows: Array, first: int, last: int, out: Array) -> None:
 
 
 @compiled()
-def _kept(x: Array, low: int, high: int, z: Array) -> None:
+def _kept(x: Array, low: Any, high: Any, z: Array) -> None:
     bits = x.view(np.int32)
     for i in range(x.size):
         magnitude = np.int32(bits[i] & _MAGNITUDE)

@@ -45,7 +45,7 @@ def compiled(*signature: str) -> Callable[[F], F]:
     return compile
 
 
-_pread = ExternalFunction("pread", intp(int32, voidptr, intp, int64))
+_pread: Any = ExternalFunction("pread", intp(int32, voidptr, intp, int64))
 
 
 @compiled()

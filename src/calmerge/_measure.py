@@ -7,7 +7,7 @@ share one pass, every block is read once, and blocks are spread over threads.
 
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,9 +20,10 @@ from calmerge._passes import Pass as Pass
 from calmerge._passes import Spread, run_passes
 from calmerge._passes import ahead as ahead
 from calmerge._passes import workers as workers
+from calmerge._passes import worthwhile as worthwhile
 from calmerge._rank import rank_rounds, usual_passes
 from calmerge._run import Run
-from calmerge._weights import Node, Number, Site, Weights
+from calmerge._weights import BLOCK, Node, Number, Site, Weights
 
 W = TypeVar("W", bound=Weights)
 
@@ -196,19 +197,44 @@ def settle(nodes: Iterable[Node], *, threads: int | None = None, run: Run | None
     """
     threads, run = threads or os.cpu_count() or 1, run or Run()
     for stage in stages(nodes):
-        sizes = [max((n.numel for n in group[0].inputs if isinstance(n, Weights)), default=0) for group in stage]
+        sizes = [_entries(group) for group in stage]
         shared = [size * 4 * threads > sum(sizes) for size in sizes]  # the others are worked on whole by one thread
         taping = usable(sum(sizes))
-        with workers(threads) as pool:
+        grids = [next((n for n in group[0].inputs if isinstance(n, Weights)), ()) for group in stage]
+        with workers(worthwhile(threads, sum(sizes), sum(map(len, grids)))) as pool:
             for group, by_blocks in zip(stage, shared, strict=True):
                 if by_blocks:
                     _side_by_side(group, partial(ahead, pool, most=2 * threads), run, taping=taping)
             alone = [group for group, by_blocks in zip(stage, shared, strict=True) if not by_blocks]
             if alone:
                 with run.progress.track("measuring", len(alone)) as bar:
-                    one_by_one = partial(_side_by_side, spread=map, run=Run(), taping=taping)
-                    for _ in ahead(pool, one_by_one, alone, 2 * threads):
-                        bar.advance()
+                    for done in ahead(pool, partial(_in_turn, taping=taping), _batches(alone), 2 * threads):
+                        bar.advance(done)
+
+
+def _in_turn(groups: Sequence[Sequence[Measure]], *, taping: bool) -> int:
+    for group in groups:
+        _side_by_side(group, map, Run(), taping=taping)
+    return len(groups)
+
+
+def _batches(groups: Iterable[list[Measure]]) -> Iterator[list[list[Measure]]]:
+    """Groups of measures for one thread to find: one, or several of tensors of a few entries."""
+    batch: list[list[Measure]] = []
+    held = 0
+    for group in groups:
+        n = _entries(group)
+        if batch and held + n > BLOCK:
+            yield batch
+            batch, held = [], 0
+        batch.append(group)
+        held += n
+    if batch:
+        yield batch
+
+
+def _entries(group: Sequence[Measure]) -> int:
+    return max((n.numel for n in group[0].inputs if isinstance(n, Weights)), default=0)
 
 
 def stages(nodes: Iterable[Node]) -> list[list[list[Measure]]]:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from calmerge._reader import Reader
 from calmerge._run import Run
-from calmerge._weights import Node, Weights, entries, site_of, stretches
+from calmerge._weights import Node, Stretch, Weights, entries, site_of, stretches
 
+_TINY = 2**13  # entries of a tensor that take less time than the Python around them
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -64,16 +65,17 @@ def run_passes(
     folds = [one if isinstance(one, Fold) else Fold(one, _sum) for _, one in work]
     reader = Reader([node for nodes, _ in work for node in nodes], taping=taping)
 
-    def parts(stretch: tuple[str, list[slice]]) -> tuple[int, list[list[Any]]]:
-        name, blocks = stretch
-        found = []
-        for rows, tensors in reader.each(name, blocks):  # in order, and of one size: float sums depend on both
-            site, values = site_of(weights, name, rows), iter(tensors)
-            found.append([
-                fold.part(*itertools.islice(values, len(nodes)), site)
-                for (nodes, _), fold in zip(work, folds, strict=True)
-            ])  # fmt: skip
-        return sum(entries(weights, name, rows) for rows in blocks), found
+    def parts(stretch: Stretch) -> tuple[int, list[list[Any]]]:
+        n, found = 0, []
+        for name, blocks in stretch:
+            for rows, tensors in reader.each(name, blocks):  # in order, and of one size: float sums depend on both
+                site, values = site_of(weights, name, rows), iter(tensors)
+                n += entries(weights, name, rows)
+                found.append([
+                    fold.part(*itertools.islice(values, len(nodes)), site)
+                    for (nodes, _), fold in zip(work, folds, strict=True)
+                ])  # fmt: skip
+        return n, found
 
     results: list[Any] = [None] * len(work)
     with run.progress.track("measuring", weights.numel, "entry") as bar:
@@ -103,6 +105,15 @@ def ahead(pool: ThreadPoolExecutor, fn: Callable[[A], B], items: Iterable[A], mo
             yield begun.popleft().result()
     while begun:
         yield begun.popleft().result()
+
+
+def worthwhile(threads: int, entries: int, tensors: int) -> int:
+    """How many threads gain time: where tensors are tiny, one, since the others would wait for its Python.
+
+    >>> worthwhile(8, 10**9, 300), worthwhile(8, 10**6, 4000)
+    (8, 1)
+    """
+    return threads if entries >= _TINY * tensors else 1
 
 
 @contextmanager

@@ -83,7 +83,7 @@ class Limits:
 def draws(n: int, key: tuple[object, ...], offset: int) -> Array:
     """The upper 16 bits of `n` draws, from the entry `offset` on.
 
-    >>> draws(2, ("seed",), 1)[0] == draws(3, ("seed",), 0)[1]
+    >>> bool(draws(2, ("seed",), 1)[0] == draws(3, ("seed",), 0)[1])
     True
     """
     first, stream = offset // 2, _stream(key)
@@ -100,13 +100,13 @@ def _below(n: int, share: float | Array, key: tuple[object, ...], offset: int) -
     limits, drawn, loops = Limits(share), draws(n, key, offset), kernels()
     one = len(limits.upper) == 1
     if loops is not None:
-        true = np.empty(n, np.uint8)
-        met = loops.less_than_one(drawn, limits.upper[0], true) if one else loops.less(drawn, limits.upper, true)
-        true = true.view(bool)
+        true: Array = np.empty(n, bool)
+        flags = true.view(np.uint8)
+        met = loops.less_than_one(drawn, limits.upper[0], flags) if one else loops.less(drawn, limits.upper, flags)
     else:
         true, met = drawn < limits.upper, 1
-    for i in np.flatnonzero(drawn == limits.upper) if met else ():
-        true[i] = limits.decide(0 if one else i, offset + int(i), key)
+    for i in np.flatnonzero(drawn == limits.upper).tolist() if met else ():
+        true[i] = limits.decide(0 if one else i, offset + i, key)
     return true
 
 

@@ -1,10 +1,11 @@
 """The exact k-th smallest magnitude of weights of any size, as a rule in one pass over them.
 
-A sample of small blocks says between which two magnitudes the rank lies, with a margin of four standard errors. One pass
-counts what is below that bracket and takes along what is inside: a few entries in a hundred. Where the rank lies
-outside after all, the bracket becomes all floats. What is too much to take along is counted in bins of its bits,
-which order as magnitudes do, and the bin that holds the rank is the next bracket. So the result is always exact; the
-sample decides only how many passes there are.
+A sample of small blocks says between which two magnitudes the rank lies, with a margin of four standard errors. One
+pass counts what is below that bracket and takes along what is inside: a few entries in a hundred. Where the rank lies
+outside after all, the bracket becomes all floats. What is too much to take along is counted in bins of its bits, which
+order as magnitudes do; the bin that holds the rank is the next bracket, or the result where it holds one magnitude
+only, as it mostly does where weights are stored in few bits. So the result is always exact; the sample decides only how
+many passes there are.
 """
 
 from bisect import bisect_right
@@ -78,9 +79,8 @@ def rank_rounds(weights: Weights, tasks: int, ranks: Callable[[], Sequence[int]]
             elif isinstance(inside, bytearray):
                 narrower = _nth(np.frombuffer(inside, dtype=np.float32), k[t] - below)
             else:
-                narrower = inside.bracket(k[t] - below)
-                if narrower.low == narrower.high:
-                    narrower = float(_float(narrower.low))
+                bracket = inside.bracket(k[t] - below)
+                narrower = float(_float(bracket.low)) if bracket.low == bracket.high else bracket
             if isinstance(narrower, Bracket):
                 brackets[t] = narrower
             else:

@@ -217,7 +217,7 @@ def input_hashes(tvs: TaskVectors) -> dict[str, dict[str, str]]:
 
 @contextmanager
 def _hashing(tvs: TaskVectors) -> Iterator[Callable[[], dict[str, dict[str, str]]]]:
-    """Begins to hash the files of all inputs beside whatever is done meanwhile; a function that waits for the hashes."""
+    """Begins to hash the files of all inputs beside what is done meanwhile; gives what waits for the hashes."""
     behind = {id(c): c for w in (tvs.base, *tvs.experts.values()) for c in checkpoints_behind(w)}
     pool = ThreadPoolExecutor(os.cpu_count())
     begun = [pool.submit(one.hash, file) for one in behind.values() for file in one.files]

@@ -320,16 +320,30 @@ def blocks(weights: Weights, size: int = BLOCK) -> Iterator[tuple[str, slice]]:
                 yield name, slice(start, min(start + step, spec.shape[0]))
 
 
-def stretches(weights: Weights, size: int = BLOCK, most: int = 8) -> Iterator[tuple[str, list[slice]]]:
-    """The `blocks` of `weights`, up to `most` neighbours of one tensor at a time.
+Stretch = list[tuple[str, list[slice]]]
+"""Blocks that one thread works on: names of tensors, and rows of each."""
 
-    >>> list(stretches(StateDict({"a": torch.zeros(5, 2), "b": torch.zeros(())}), size=4, most=2))
-    [('a', [slice(0, 2, None), slice(2, 4, None)]), ('a', [slice(4, 5, None)]), ('b', [slice(None, None, None)])]
+
+def stretches(weights: Weights, size: int = BLOCK, most: int = 8) -> Iterator[Stretch]:
+    """The `blocks` of `weights`, up to `most` neighbours of one tensor at a time, or several tensors of a few entries.
+
+    >>> weights = StateDict({"a": torch.zeros(5, 2), "b": torch.zeros(1), "c": torch.zeros(())})
+    >>> [[(name, len(rows)) for name, rows in stretch] for stretch in stretches(weights, 4, most=2)]
+    [[('a', 2)], [('a', 1), ('b', 1), ('c', 1)]]
     """
+    batch: Stretch = []
+    held = 0
     for name, found in groupby(blocks(weights, size), key=itemgetter(0)):
         rows = [one for _, one in found]
         for i in range(0, len(rows), most):
-            yield name, rows[i : i + most]
+            n = sum(entries(weights, name, one) for one in rows[i : i + most])
+            if batch and held + n > size:
+                yield batch
+                batch, held = [], 0
+            batch.append((name, rows[i : i + most]))
+            held += n
+    if batch:
+        yield batch
 
 
 def _experts(weights: Weights) -> int:

@@ -16,11 +16,11 @@ from torch import Tensor
 from calmerge._checkpoint import sha256
 from calmerge._compiled import usable
 from calmerge._folder import Journal
-from calmerge._measure import ahead, pending, settle, workers
+from calmerge._measure import ahead, pending, settle, workers, worthwhile
 from calmerge._reader import Reader
 from calmerge._run import Run
 from calmerge._size import bytes_of
-from calmerge._weights import BLOCK, Weights, stretches
+from calmerge._weights import BLOCK, Stretch, Weights, stretches
 
 MANIFEST = "calmerge.json"
 INDEX = "model.safetensors.index.json"
@@ -62,7 +62,8 @@ def write_weights(
     files = shards(weights, bytes_of(shard))
     threads = threads or os.cpu_count() or 1
     hashes: dict[str, str] = {}
-    with run.progress.track("writing", weights.nbytes, "B") as bar, workers(threads) as pool:
+    busy = worthwhile(threads, weights.numel, len(weights))
+    with run.progress.track("writing", weights.nbytes, "B") as bar, workers(busy) as pool:
         if journal is not None:
             hashes = _still_whole(folder, journal, pool)
             bar.advance(sum(weights.specs[name].nbytes for file in hashes for name in files[file]))
@@ -96,7 +97,8 @@ def write_side_by_side(
     threads = threads or os.cpu_count() or 1
     settle(parts.values(), threads=threads, run=run)
     hashes: dict[Path, dict[str, str]] = {}
-    with run.progress.track("writing", first.nbytes * len(parts), "B") as bar, workers(threads) as pool:
+    busy = worthwhile(threads, first.numel, len(first))
+    with run.progress.track("writing", first.nbytes * len(parts), "B") as bar, workers(busy) as pool:
         for file, names in files.items():
             _write_files({folder / file: weights for folder, weights in parts.items()}, names, chunk, pool, bar)
         for folder, weights in parts.items():
@@ -246,19 +248,19 @@ def _write_files(
             handles.append(f.fileno())
         reader = Reader(list(chosen.values()), taping=usable(weights.numel))
 
-        def place(stretch: tuple[str, list[slice]]) -> int:
-            name, blocks = stretch
-            spec = weights.specs[name]
-            row_bytes = spec.nbytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
+        def place(stretch: Stretch) -> int:
             size = 0
-            for rows, tensors in reader.each(name, blocks, together=True):
-                start = len(head) + starts[name] + (rows.start or 0) * row_bytes
-                for handle, tensor in zip(handles, tensors, strict=True):
-                    view, at = _raw(tensor), start
-                    size += len(view)
-                    while len(view):
-                        written = os.pwrite(handle, view, at)
-                        view, at = view[written:], at + written
+            for name, blocks in stretch:
+                spec = weights.specs[name]
+                row_bytes = spec.nbytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
+                for rows, tensors in reader.each(name, blocks, together=True):
+                    start = len(head) + starts[name] + (rows.start or 0) * row_bytes
+                    for handle, tensor in zip(handles, tensors, strict=True):
+                        view, at = _raw(tensor), start
+                        size += len(view)
+                        while len(view):
+                            written = os.pwrite(handle, view, at)
+                            view, at = view[written:], at + written
             return size
 
         for written in ahead(pool, place, stretches(next(iter(chosen.values())), chunk), 64):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from calmerge import StateDict, TaskVectors, task_vectors
-from calmerge._measure import settle, total
+from calmerge._measure import settle
 from calmerge._random import uniform
 from calmerge._weights import blocks
 from calmerge.pieces.largest import among, keep_largest, largest

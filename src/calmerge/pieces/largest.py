@@ -111,12 +111,12 @@ def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
             return Measure((), lambda: _trivial(k, n), passes=0)
     if n * tasks <= _HELD:
         return Measure((weights,), lambda: _at_once(tasks, counts), passes=1)
+    number: Measure | None = None
     if isinstance(counts, float):
         varying = total(weights, lambda block: torch.count_nonzero(block.reshape(tasks, -1), 1))
-        number: Measure | None = varying.map(lambda m: (m * counts).floor().long())
+        number = varying.map(lambda m: (m * counts).floor().long())
         threshold = kth_magnitude(weights, number.map(lambda k: (n + 1 - k).clamp(1, n)))
     else:
-        number = None
         threshold = kth_magnitude(weights, [min(max(n + 1 - int(one), 1), n) for one in k])
 
     def rounds() -> Generator[Pass, Any, Tensor]:

@@ -83,9 +83,10 @@ def keep_by_rank(
             whole = kept(tvs.read(site.name), Site(site.name, 0))
             return whole[:, site.offset : site.offset + tau.shape[1]]
         shape = tuple(tau.shape[1:])
-        result = tau.clone()
+        result = torch.empty_like(tau)
         for t, task in enumerate(tvs.tasks):
             if density[t] >= 1:
+                result[t] = tau[t]
                 continue
             width = shape[-1] if shape else 1
             chances = density[t] - epsilon[t] + 2 * epsilon[t] * _line(width) if width > 1 else torch.ones(1)

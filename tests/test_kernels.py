@@ -1,0 +1,120 @@
+"""Compiled loops give what the NumPy lines give that they take the place of, to the bit."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calmerge import TaskVectors, _random, _rank, task_vectors
+from calmerge._compiled import kernels
+from calmerge._random import bernoulli, uniform
+from calmerge.pieces import largest as largest_file
+from calmerge.pieces import magprune as magprune_file
+from calmerge.pieces import middle as middle_file
+from calmerge.pieces.magprune import keep_by_rank, magprune, ranks
+from calmerge.pieces.middle import middle
+
+
+@pytest.fixture(autouse=True)
+def machine() -> ModuleType:
+    pytest.importorskip("numba")
+    pytest.importorskip("calmerge._machine")
+    found = kernels()
+    assert found is not None
+    return found
+
+
+def both(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> tuple[Any, Any]:
+    compiled = make()
+    for module in (_random, _rank, largest_file, magprune_file, middle_file):
+        monkeypatch.setattr(module, "kernels", lambda: None)
+    return compiled, make()
+
+
+def coarse(*shape: int) -> TaskVectors:
+    """Vectors many entries of which are equal, or 0 of either sign."""
+    tau = (uniform(shape, "coarse") * 8).floor() - 4
+    tau[0, :3] = torch.tensor([-0.0, 0.0, -0.0])
+    return task_vectors({"w": torch.zeros(shape)}, {"a": {"w": tau}, "b": {"w": uniform(shape, "fine") - 0.5}})
+
+
+@pytest.mark.parametrize("offset", [0, 1, 7, 2**31 - 3, 2**32 - 2, 2**33 + 1])
+def test_draws_of_one_share(offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, plain = both(monkeypatch, lambda: bernoulli((70_001,), 0.3, 0, "w", offset=offset))
+    assert torch.equal(compiled, plain)
+
+
+def test_draws_of_a_share_for_each_with_limits_that_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = uniform((70_001,), "share")
+    share[:4] = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    compiled, plain = both(monkeypatch, lambda: bernoulli((70_001,), share, 0, "w", offset=3))
+    assert torch.equal(compiled, plain)
+    assert compiled[:4].tolist() == [False, True, True, False]
+
+
+def test_brackets_of_ranks_count_and_take_along_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = coarse(30, 100)["w"]
+    low, high = (int(np.float32(v).view(np.int32)) for v in (1.0, 2.0))
+    search = _rank._Search({0: _rank.Bracket(low, high, 100), 1: _rank.Bracket(0, low, 100)}, 2)
+    compiled, plain = both(monkeypatch, lambda: search.part(block))
+    for t in (0, 1):
+        assert compiled[t][:2] == plain[t][:2]
+        assert np.array_equal(compiled[t][2], plain[t][2])
+    ones_and_twos = int(((block[0].abs() == 1) | (block[0].abs() == 2)).sum())
+    assert compiled[0][1] - compiled[0][0] == len(compiled[0][2]) == ones_and_twos
+
+
+def test_bins_know_the_one_magnitude_that_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    bits = np.array([1.0, 1.5, 1.5, 1.75, 1.75], np.float32).view(np.int32)
+
+    def found() -> list[_rank.Bracket]:
+        bins = _rank._Bins(_rank.Bracket(int(bits[0]), int(bits[-1]), 5))
+        bins.add(bits)
+        return [bins.bracket(rank) for rank in range(1, 6)]
+
+    compiled, plain = both(monkeypatch, found)
+    assert compiled == plain
+    assert [(b.low, b.high) for b in plain] == [(bit, bit) for bit in bits]
+
+
+@pytest.mark.parametrize("remove_first", [True, False])
+def test_middles_of_rows(remove_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tvs = coarse(40, 129)
+
+    def found() -> torch.Tensor:
+        return middle(tvs, keep=0.3, outliers=0.1, remove_first=remove_first)["w"]
+
+    compiled, plain = both(monkeypatch, found)
+    assert torch.equal(compiled.view(torch.int32), plain.view(torch.int32))
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_pruning_by_rank(rescale: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tvs = coarse(700, 129)
+    compiled, plain = both(monkeypatch, lambda: magprune(tvs, rate=0.4, spread=0.3, rescale=rescale, seed=3)["w"])
+    assert torch.equal(compiled.view(torch.int32), plain.view(torch.int32))
+    assert 0.5 < (compiled[1] != 0).float().mean() < 0.7
+
+
+def test_pruning_with_chances_of_0_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    tvs = coarse(20, 50)
+    compiled, plain = both(monkeypatch, lambda: keep_by_rank(tvs, [0.5] * 2, [0.5] * 2, rescale=None, seed=0)["w"])
+    assert torch.equal(compiled.view(torch.int32), plain.view(torch.int32))
+    assert (compiled[1].abs().argmax(-1) == tvs["w"][1].abs().argmax(-1)).all()
+
+
+def test_ranks_of_equal_magnitudes_go_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.tensor([[1.0, -1.0, 1.0, 0.0, -0.0]])
+    compiled, plain = both(monkeypatch, lambda: ranks(tensor))
+    assert compiled.tolist() == plain.tolist() == [[0.5, 0.75, 1.0, 0.0, 0.25]]
+
+
+def test_first_of_the_spread_indices_beyond_2_to_the_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for offset in (0, 5, 2**32 - 10, 2**32 + 3):
+        compiled, plain = both(monkeypatch, lambda at=offset: largest_file._first(1000, 2**30, at))
+        monkeypatch.undo()
+        assert torch.equal(compiled, plain)
+        assert 200 < compiled.sum() < 300
