@@ -11,8 +11,8 @@ own, twice, and the better run counts. `limit` is the time of reading all its in
 copies, by as many threads, in the same run; files are in the page cache. `streamed` is a merge without what plain
 copies do not do (hashes, flushing to disk), and its share of the limit is printed, by the clock and by processor time,
 which a busy machine disturbs less; `whole` is all that `save` does, and is compared with mergekit. Start-up (imports)
-is printed once for each tool and is in no other figure. `private` is the highest private memory (`RssAnon`) of the
-process above what its imports take; files that are mapped do not count.
+is printed once for each tool and is in no other figure; numba and the loop that it compiled belong to it. `private` is
+the highest private memory (`RssAnon`) of the process above what its imports take; files that are mapped do not count.
 """
 
 import argparse
@@ -355,6 +355,8 @@ def _worker(job: Mapping[str, Any]) -> dict[str, Any]:
 
     if not job.get("tapes", True):
         _compiled.LARGE = sys.maxsize
+    elif importlib.util.find_spec("numba"):
+        import calmerge._machine  # loads its compiled loop, which belongs to the start-up
 
     class Clock:
         """Adds up what each label took."""
@@ -452,6 +454,9 @@ def _starts(arguments: argparse.Namespace) -> dict[str, float]:
         found = {"calmerge --help": _least([*ours, "--help"], log)}
         imports = "import calmerge; calmerge.save, calmerge.ties"
         found["calmerge, imports of a merge"] = _least([sys.executable, "-c", imports], log)
+        if importlib.util.find_spec("numba"):
+            imports += "; import calmerge._machine"
+            found["calmerge, imports of a large merge, with numba"] = _least([sys.executable, "-c", imports], log)
         if arguments.mergekit:
             found["mergekit-yaml --help"] = _least([arguments.mergekit, "--help"], log)
             arguments.mergekit_start = found["mergekit-yaml --help"]
