@@ -138,6 +138,9 @@ TABLE = {
     "map_front": Row(
         {"score": "expert_kl", "budget": 20}, permutes=False, scales=False, single=None, learns=True, random=True
     ),
+    "medsamix": Row(
+        {"score": "expert_kl", "budget": 40}, permutes=False, scales=False, single=None, learns=True, random=True
+    ),
     "mergekit_breadcrumbs": Row(
         {"weight": [0.5], "density": [0.5], "gamma": [0.1]}, single=({"weight": [0.5], "gamma": [0.0]}, 0.5)
     ),

@@ -43,6 +43,7 @@ _HOME = {
     "magmax": "methods.magmax",
     "magprune": "pieces.magprune",
     "map_front": "methods.map_front",
+    "medsamix": "methods.medsamix",
     "mergekit_breadcrumbs": "methods.mergekit_breadcrumbs",
     "mergekit_breadcrumbs_ties": "methods.mergekit_breadcrumbs",
     "mergekit_dare_linear": "methods.mergekit_dare",

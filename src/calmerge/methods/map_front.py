@@ -8,18 +8,17 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from calmerge._errors import MissingExtra, UsageError, did_you_mean
-from calmerge._random import permutation, uniform
+from calmerge._random import uniform
 from calmerge._run import Run
 from calmerge._signature import Count, Interval, NonNegative, Seed, check, raise_together
-from calmerge._task_vectors import TaskVectors, materialise
-from calmerge._weights import Weights, add
-from calmerge.fitting.objectives import expert_kl
+from calmerge._task_vectors import TaskVectors
+from calmerge._weights import Weights
+from calmerge.fitting.scores import scorer
 from calmerge.fitting.search import Range, search
-from calmerge.fitting.targets import expert_pools
 from calmerge.methods.task_arithmetic import task_arithmetic
 from calmerge.pieces.weigh import weigh
 from calmerge.report.traces import FrontPoint, FrontTrace
-from calmerge.tasks.base import Batch, Tasks
+from calmerge.tasks.base import Tasks
 
 Activation = Literal["identity", "sigmoid", "softplus"]
 _OF: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -77,13 +76,19 @@ def map_front(
     options = {"tasks": tasks, "preference": preference, "score": score, "samples": samples, "budget": budget}
     raise_together(check(map_front, options | {"examples": examples, "seed": seed}))
     run, tvs, names = run or Run(), tvs.to(tasks.device), tvs.tasks
-    v = _preference(preference, names)
+    v = preferences(preference, names)
     count = (len(names) + 1) * (len(names) + 2) if samples is None else samples
     if count < unknowns(len(names)):
         raise UsageError(
             f"map_front.samples must be at least {unknowns(len(names))} for {len(names)} tasks, got {count}."
         )
-    measure = _measure(tvs, tasks, score, examples, seed, run)
+    sign = 1.0 if score == "validation" else -1.0
+    scores = scorer(tvs, tasks, score, examples=examples, seed=seed, run=run)
+
+    def measure(c: Tensor) -> list[float]:
+        found = scores(_merged(tvs, c))
+        return [sign * found[t] for t in names]
+
     at = torch.cat([torch.eye(len(names)), uniform((count, len(names)), seed, "coefficients")])[:count].double()
     seen = []
     with run.progress.track("MAP", count, "merge") as bar:
@@ -93,7 +98,6 @@ def map_front(
     activation: Activation = "sigmoid" if score == "validation" else "softplus"
     metrics = torch.tensor(seen, dtype=torch.float64)  # [K, T]
     surrogates = [fit_surrogate(at, m, activation) for m in metrics.T]
-    sign = 1.0 if score == "validation" else -1.0
     front = surrogate_front([_times(sign, f) for f in surrogates], budget=budget, seed=seed, run=run)
     best = max(range(len(front)), key=lambda i: sum(w * s for w, s in zip(v, front[i][1], strict=True)))
     chosen = torch.tensor(front[best][0], dtype=torch.float64)
@@ -172,7 +176,15 @@ def _times(sign: float, f: Callable[[Tensor], float]) -> Callable[[Tensor], floa
     return lambda c: sign * f(c)
 
 
-def _preference(given: Mapping[str, float] | None, names: Sequence[str]) -> list[float]:
+def preferences(given: Mapping[str, float] | None, names: Sequence[str]) -> list[float]:
+    """A weight for each task, in their order: those given, 0 for the others; all equal when None.
+
+    Raises:
+        UsageError: an unknown task, or no weight above 0.
+
+    >>> preferences({"dtd": 2.0}, ["cars", "dtd"]), preferences(None, ["cars", "dtd"])
+    ([0.0, 2.0], [1.0, 1.0])
+    """
     for task in given or ():
         if task not in names:
             raise UsageError(f"preference: no expert '{task}'. {did_you_mean(task, names)}")
@@ -183,24 +195,3 @@ def _preference(given: Mapping[str, float] | None, names: Sequence[str]) -> list
 
 def _merged(tvs: TaskVectors, c: Tensor) -> Weights:
     return task_arithmetic(weigh(tvs, weights=dict(zip(tvs.tasks, c.tolist(), strict=True))), scale=1.0)
-
-
-def _measure(
-    tvs: TaskVectors, tasks: Tasks, score: str, examples: int, seed: int, run: Run
-) -> Callable[[Tensor], list[float]]:
-    """The metric of every task at some coefficients."""
-    batches = []
-    for task, pool in (expert_pools(tvs, tasks, run=run) if score == "expert_kl" else {}).items():
-        drawn = permutation(len(pool.indices), seed, "score", task)[:examples]
-        for part in torch.split(drawn, tasks.batch):  # type: ignore[no-untyped-call]
-            batches.append(Batch(task, part, None if pool.targets is None else pool.targets[part]))
-
-    def at(c: Tensor) -> list[float]:
-        theta = materialise(add(tvs.base, _merged(tvs, c), dtype=torch.float32))
-        if score == "validation":
-            found = {t: tasks.score(tasks.logits(theta, t, "validation"), t, "validation").accuracy for t in tvs.tasks}
-        else:
-            found = tasks.loss(expert_kl, theta, batches)
-        return [found[t] for t in tvs.tasks]
-
-    return at

@@ -1,22 +1,18 @@
 """Any merge with its numbers and choices searched for."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-import torch
-
-from calmerge._random import permutation
 from calmerge._run import Run
 from calmerge._signature import Count, Seed, check, raise_together
-from calmerge._task_vectors import Merge, TaskVectors, materialise
-from calmerge._weights import Weights, add
-from calmerge.fitting.objectives import entropy, expert_kl
+from calmerge._task_vectors import Merge, TaskVectors
+from calmerge._weights import Weights
 from calmerge.fitting.options import describe, read_space, with_options
-from calmerge.fitting.search import Strategy, search
-from calmerge.fitting.targets import expert_pools
+from calmerge.fitting.scores import ScoreName, scorer
+from calmerge.fitting.search import Found, Strategy, Trial, search
 from calmerge.methods.task_arithmetic import task_arithmetic
 from calmerge.report.traces import SearchTrace, Tried
-from calmerge.tasks.base import Batch, Tasks
+from calmerge.tasks.base import Tasks
 
 
 def searched(
@@ -25,7 +21,7 @@ def searched(
     tasks: Tasks,
     inner: Merge | None = None,
     space: Mapping[str, Any],
-    score: Literal["expert_kl", "entropy", "validation"] = "expert_kl",
+    score: ScoreName = "expert_kl",
     strategy: Strategy = "tpe",
     budget: Count = 30,
     examples: Count = 256,
@@ -73,41 +69,27 @@ def searched(
     raise_together(check(searched, options | {"examples": examples, "seed": seed}))
     run, tvs, inner = run or Run(), tvs.to(tasks.device), inner or task_arithmetic
     ranges = read_space(inner, space)
-    batches = [] if score == "validation" else _held_out(tvs, tasks, score, examples, seed, run)
+    scores = scorer(tvs, tasks, score, examples=examples, seed=seed, run=run)
 
     def told(values: Mapping[str, Any]) -> float:
-        delta = with_options(inner, values)(tvs)
-        theta = materialise(add(tvs.base, delta, dtype=torch.float32))
-        if score == "validation":
-            found = {t: one.accuracy for t, one in tasks.evaluate(theta, "validation").items()}
-        else:
-            found = {
-                t: -v for t, v in tasks.loss(expert_kl if score == "expert_kl" else entropy, theta, batches).items()
-            }
+        found = scores(with_options(inner, values)(tvs))
         return sum(found[t] for t in tvs.tasks) / len(found)
 
     key = f"{describe(inner)} {score} {examples} {tvs.fingerprint}"
     found = search(told, ranges, strategy=strategy, budget=budget, seed=seed, run=run, label="searched", key=key)
-    run.trace["searched"] = SearchTrace(
-        score=score,
-        labelled=score == "validation",
-        strategy=strategy,
-        trials=[
-            Tried(values=dict(t.values), scores=None if t.scores is None else list(t.scores)) for t in found.trials
-        ],
-        best=found.trials.index(found.best),
-    )
+    run.trace["searched"] = traced(found, score, strategy, found.best)
     best: Weights = with_options(inner, found.best.values)(tvs)
     return best
 
 
-def _held_out(tvs: TaskVectors, tasks: Tasks, score: str, examples: int, seed: int, run: Run) -> list[Batch]:
-    """Some examples of each pool, with the experts' logits where the score compares with them."""
-    pools = expert_pools(tvs, tasks, run=run) if score == "expert_kl" else {}
-    batches = []
-    for task in tvs.tasks:
-        drawn = permutation(len(tasks.split(task, "pool")), seed, "score", task)[:examples]
-        for part in torch.split(drawn, tasks.batch):  # type: ignore[no-untyped-call]
-            targets = pools[task].targets if task in pools else None
-            batches.append(Batch(task, part, None if targets is None else targets[part]))
-    return batches
+def traced(found: Found, score: str, strategy: str, best: Trial) -> SearchTrace:
+    """What a search tried, for the report.
+
+    >>> trial = Trial({"x": 1}, (0.5,), 0.0)
+    >>> traced(Found([trial]), "expert_kl", "random", trial).best
+    0
+    """
+    tried = [Tried(values=dict(t.values), scores=None if t.scores is None else list(t.scores)) for t in found.trials]
+    return SearchTrace(
+        score=score, labelled=score == "validation", strategy=strategy, trials=tried, best=found.trials.index(best)
+    )
