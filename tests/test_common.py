@@ -138,6 +138,10 @@ TABLE = {
     "map_front": Row(
         {"score": "expert_kl", "budget": 20}, permutes=False, scales=False, single=None, learns=True, random=True
     ),
+    "map_nested": Row(
+        {"score": "expert_kl", "budget": 20, "samples": 6}, permutes=False, scales=False, single=None, learns=True,
+        random=True,
+    ),
     "medsamix": Row(
         {"score": "expert_kl", "budget": 40}, permutes=False, scales=False, single=None, learns=True, random=True
     ),

@@ -71,7 +71,7 @@ def test_bins_know_the_one_magnitude_that_they_hold(monkeypatch: pytest.MonkeyPa
     bits = np.array([1.0, 1.5, 1.5, 1.75, 1.75], np.float32).view(np.int32)
 
     def found() -> list[_rank.Bracket]:
-        bins = _rank._Bins(_rank.Bracket(int(bits[0]), int(bits[-1]), 5))
+        bins = _rank._Bins(_rank.Bracket(int(bits[0]), int(bits[-1]), 5), 1 << 18)
         bins.add(bits)
         return [bins.bracket(rank) for rank in range(1, 6)]
 

@@ -61,7 +61,7 @@ def test_small_weights_are_gathered_and_partitioned(k: int) -> None:
 def test_a_bracket_of_a_sample_finds_it_with_any_number_of_bins(
     k: int, bins: int, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank, "_BINS", bins)
+    monkeypatch.setattr(rank, "_COUNTERS", 2 << bins)
     tvs = vectors()
     assert kth_magnitude(tvs, k).value().tolist() == nth(tvs, k)
 

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from calmerge.methods.localize_and_stitch import localize_and_stitch_dataless as localize_and_stitch_dataless
     from calmerge.methods.magmax import magmax as magmax
     from calmerge.methods.map_front import map_front as map_front
+    from calmerge.methods.map_nested import map_nested as map_nested
     from calmerge.methods.medsamix import medsamix as medsamix
     from calmerge.methods.model_stock import model_stock as model_stock
     from calmerge.methods.multislerp import multislerp as multislerp
@@ -173,6 +174,7 @@ _HOME = {
     "materialise": "_task_vectors",
     "merge": "_merge",
     "map_front": "methods.map_front",
+    "map_nested": "methods.map_nested",
     "medsamix": "methods.medsamix",
     "model_stock": "methods.model_stock",
     "multislerp": "methods.multislerp",

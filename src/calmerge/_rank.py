@@ -26,7 +26,7 @@ from calmerge._weights import ALL, Weights, row_size
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _GATHERED = 1 << 22  # magnitudes taken along at most, over all tasks: 16 MB
-_BINS = 18  # 2^18 counters for each task
+_COUNTERS = 1 << 20  # bins at most, over all tasks
 _INFINITY = 0x7F800000  # its bits; those of NaN are above
 _PROBE = 1 << 12  # entries of one block of the sample
 _MARGIN = 4.0  # standard errors
@@ -38,11 +38,6 @@ class Bracket(NamedTuple):
     low: int
     high: int
     entries: float
-
-    @property
-    def shift(self) -> int:
-        """How many low bits the magnitudes of one bin differ in."""
-        return max(0, (self.high - self.low).bit_length() - _BINS)
 
 
 def usual_passes(weights: Weights, tasks: int) -> int:
@@ -116,7 +111,8 @@ class _Search:
 
         They are copied into one buffer: thousands of small arrays that live on would keep freed blocks between them.
         """
-        total = so_far or {t: [0, 0, bytearray() if self._gathers[t] else _Bins(self._brackets[t])] for t in part}
+        most = _COUNTERS // len(self._brackets)
+        total = so_far or {t: [0, 0, bytearray() if self._gathers[t] else _Bins(self._brackets[t], most)] for t in part}
         for t, (below, upto, inside) in part.items():
             total[t][0] += below
             total[t][1] += upto
@@ -133,9 +129,10 @@ class _Bins:
     Where weights are stored in few bits most bins hold one magnitude, many times, and another pass is spared.
     """
 
-    def __init__(self, bracket: Bracket) -> None:
-        self._low, self._shift = bracket.low, bracket.shift
-        count = ((bracket.high - bracket.low) >> bracket.shift) + 1
+    def __init__(self, bracket: Bracket, most: int) -> None:
+        self._low = bracket.low
+        self._shift = max(0, (bracket.high - bracket.low).bit_length() - most.bit_length() + 1)
+        count = ((bracket.high - bracket.low) >> self._shift) + 1
         self._counts = np.zeros(count, np.int64)
         self._least, self._most = np.full(count, _INFINITY, np.int32), np.zeros(count, np.int32)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from calmerge._settings import Setting
     from calmerge.inspect import Inspection
     from calmerge.report.results import Report
+    from calmerge.report.traces import FrontTrace
 
 WIDTH = 110
 """Columns where the output is no terminal."""
@@ -104,6 +105,13 @@ def merged(manifest: Mapping[str, Any], where: str) -> None:
         table(["", ""], rows)
         if manifest["heads"] == "frozen":
             text(f"calmerge export {where} --task NAME writes the model of one task.")
+
+
+def front(trace: "FrontTrace") -> None:
+    """A front of trade-offs among tasks: the merge that was taken, and the best one of each task."""
+    head, rows = trace.table()
+    table(head, rows, right=head[1:])
+    text("Another one of them: the same command with another --out and --preference, and --front with this folder.")
 
 
 def adapter(modules: Sequence[Mapping[str, Any]], where: "Path | None" = None) -> None:

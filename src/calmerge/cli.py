@@ -127,6 +127,9 @@ def merge(
     preference: Annotated[
         str | None, typer.Option("--preference", help="Among tasks, for map_front: cars=0.7,dtd=0.3.")
     ] = None,
+    front: Annotated[
+        str | None, typer.Option("--front", help="A folder by map_front whose front is picked from; nothing is fitted.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from what a stopped run of the same merge had finished.")
     ] = False,
@@ -140,13 +143,14 @@ def merge(
     --resume to go on from there, or without to begin anew.
     """
     from calmerge._recipe_run import open_inputs, preview, run_recipe
-    from calmerge.recipe import load_recipe, with_out, with_preference, with_seed
+    from calmerge.methods.map_front import front_of
+    from calmerge.recipe import load_recipe, with_last, with_out, with_seed
 
     if place is not None and out is not None:
         raise UsageError(f"the folder of the result is given twice: '{place}' and --out '{out}'.")
     out = out or place
     checked = with_out(
-        with_preference(with_seed(load_recipe(recipe), seed), _weights(preference)),
+        with_last(with_seed(load_recipe(recipe), seed), preference=_weights(preference), front=front),
         dtype=dtype,
         shard=shard,
         max_memory=max_memory,
@@ -158,6 +162,9 @@ def merge(
     manifest = run_recipe(checked, out=out, resume=resume, command=_command(), run=_run(quiet))
     where = out or checked.out.path
     _show().emit(manifest, as_json, lambda: _show().merged(manifest, str(where)))
+    found_front = None if as_json or where is None else front_of(where)
+    if found_front is not None:
+        _show().front(found_front)
 
 
 def _weights(text: str | None) -> dict[str, float] | None:

@@ -200,25 +200,31 @@ def with_seed(recipe: Recipe, seed: int | None) -> Recipe:
     return recipe if seed is None else replace(recipe, seed=seed, data={**recipe.data, "seed": seed})
 
 
-def with_preference(recipe: Recipe, preference: Mapping[str, float] | None) -> Recipe:
-    """The recipe with another preference among tasks for its last step, as `map_front` takes one; the same if None.
+def with_last(recipe: Recipe, **options: Any) -> Recipe:
+    """The recipe with other options of its last step, such as `preference` and `front` of `map_front`; None is none.
 
     Raises:
-        UsageError: the last step takes no preference, or not this one.
+        UsageError: the last step has no such option, or does not take this value.
 
     >>> data = {"base": "./base", "experts": {"a": "./a"}, "merge": "average"}
-    >>> with_preference(recipe_from_dict(data), {"a": 1.0})
+    >>> with_last(recipe_from_dict(data), preference={"a": 1.0})
     Traceback (most recent call last):
     calmerge._errors.UsageError: average takes no preference; the last step must be one that does, such as map_front.
     """
-    if preference is None:
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
         return recipe
     last = recipe.merge[-1] if recipe.merge else None
-    if last is None or "preference" not in options_of(_table(None).get(last.name, with_preference)):
-        name = last.name if last else "a stack"
-        raise UsageError(f"{name} takes no preference; the last step must be one that does, such as map_front.")
-    options = {key: node.plain() for key, node in last.options.items()} | {"preference": dict(preference)}
-    steps = [*(step.to_data() for step in recipe.merge[:-1]), {last.name: options}]
+    known = options_of(_table(None).get(last.name, with_last)) if last else {}
+    for name in given:
+        if last is None or name not in known:
+            raise UsageError(
+                f"{last.name if last else 'a stack'} takes no {name}; the last step must be one that does, such as "
+                "map_front."
+            )
+    assert last is not None
+    changed = {key: node.plain() for key, node in last.options.items()} | given
+    steps = [*(step.to_data() for step in recipe.merge[:-1]), {last.name: changed}]
     return recipe_from_dict({**recipe.data, "merge": steps}, folder=recipe.folder, file=recipe.file)
 
 

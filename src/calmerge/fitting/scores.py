@@ -1,6 +1,6 @@
 """How good a merge is, task by task, without gradients: what searches make large."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -20,8 +20,8 @@ or the accuracy on the labelled validation splits. Never the test split."""
 
 def scorer(
     tvs: TaskVectors, tasks: Tasks, score: ScoreName, *, examples: int, seed: int, run: Run
-) -> Callable[[Weights], dict[str, float]]:
-    """A function from a delta to the score of every task, larger ones better.
+) -> Callable[..., dict[str, float]]:
+    """A function from a delta, and perhaps names of tasks, to the score of every task or of these, larger ones better.
 
     Args:
         tvs: task vectors.
@@ -50,12 +50,13 @@ def scorer(
         batches = _held_out(tvs, tasks, score, examples, seed, run)
     objective = expert_kl if score == "expert_kl" else entropy
 
-    def scores(delta: Weights) -> dict[str, float]:
+    def scores(delta: Weights, only: Sequence[str] = tvs.tasks) -> dict[str, float]:
         theta = materialise(add(tvs.base, delta, dtype=torch.float32))
         if score == "validation":
-            logits = {t: tasks.logits(theta, t, "validation") for t in tvs.tasks}
+            logits = {t: tasks.logits(theta, t, "validation") for t in only}
             return {t: tasks.score(found, t, "validation").accuracy for t, found in logits.items()}
-        return {t: -loss for t, loss in tasks.loss(objective, theta, batches).items()}
+        chosen = [batch for batch in batches if batch.task in only]
+        return {t: -loss for t, loss in tasks.loss(objective, theta, chosen).items()}
 
     return scores
 

@@ -43,6 +43,7 @@ _HOME = {
     "magmax": "methods.magmax",
     "magprune": "pieces.magprune",
     "map_front": "methods.map_front",
+    "map_nested": "methods.map_nested",
     "medsamix": "methods.medsamix",
     "mergekit_breadcrumbs": "methods.mergekit_breadcrumbs",
     "mergekit_breadcrumbs_ties": "methods.mergekit_breadcrumbs",

@@ -1,31 +1,23 @@
-"""MAP: a Pareto front of merges from quadratic surrogates of the tasks' metrics (Li et al., ICLR 2025)."""
+"""MAP: Pareto fronts of merges from quadratic surrogates of the tasks' metrics (Li et al., ICLR 2025)."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from calmerge._errors import MissingExtra, UsageError, did_you_mean
+from calmerge._errors import DataError, UsageError, did_you_mean
 from calmerge._random import uniform
 from calmerge._run import Run
 from calmerge._signature import Count, Interval, NonNegative, Seed, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
-from calmerge.fitting.scores import scorer
-from calmerge.fitting.search import Range, search
-from calmerge.methods.task_arithmetic import task_arithmetic
-from calmerge.pieces.weigh import weigh
-from calmerge.report.traces import FrontPoint, FrontTrace
+from calmerge.fitting.surrogates import MapScore, Metrics, Point, fit_surrogate, refined, unknowns
+from calmerge.pieces.blend import blend
+from calmerge.report.traces import FrontTrace
 from calmerge.tasks.base import Tasks
-
-Activation = Literal["identity", "sigmoid", "softplus"]
-_OF: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda z: z,
-    "sigmoid": torch.sigmoid,
-    "softplus": softplus,
-}
 
 
 def map_front(
@@ -33,8 +25,11 @@ def map_front(
     *,
     tasks: Tasks,
     preference: Mapping[str, NonNegative] | None = None,
-    score: Literal["validation", "expert_kl"] = "validation",
+    front: str | None = None,
+    score: MapScore = "validation",
     samples: Annotated[int, Interval(1)] | None = None,
+    rounds: Annotated[int, Interval(0)] = 0,
+    points: Count = 5,
     budget: Count = 1000,
     examples: Count = 256,
     seed: Seed = 0,
@@ -43,25 +38,32 @@ def map_front(
     """The merge that a preference among tasks picks from a front of predicted trade-offs.
 
     M_t(c) ~ phi(c' A_t c + b_t' c + e_t) for theta_0 + sum_t c_t tau_t, fitted to K random c in [0, 1]^T; NSGA-III on
-    the T surrogates gives the front, and argmax of sum_t v_t M_t(c) over it the merge.
+    the T surrogates gives the front, and argmax of sum_t v_t M_t(c) over it the merge. With `rounds` this is Bayesian
+    MAP: each surrogate is then refined where it errs, by merges that are evaluated on its task alone.
 
     Args:
         tvs: task vectors of T experts.
         tasks: the model, its frozen heads, and the data of the score.
         preference: v by task, those not named 0; all equal when None.
+        front: a folder that an earlier merge of the same base and experts by MAP wrote: its front is taken, and nothing
+            is fitted.
         score: accuracy on the labelled `validation` splits (phi a sigmoid), or without labels the divergence from the
             experts' predictions on the pools (phi a softplus, less is better).
         samples: K; (T + 1)(T + 2), twice the number of unknowns, when None.
+        rounds: of refinement; 0 is plain MAP.
+        points: merges that a round evaluates for each task.
         budget: evaluations of the surrogates in the search of the front.
         examples: of each pool, how many `expert_kl` looks at.
         seed: decides the samples, the examples and the search.
-        run: progress, and the trace with the front.
+        run: progress, the journal of evaluated merges from which a stopped run goes on, and the trace with the front.
 
     Held in memory: one merged model.
 
     Raises:
-        UsageError: a preference for an unknown task, for none, or fewer samples than unknowns.
+        UsageError: a preference for an unknown task, for none, fewer samples than unknowns, or a folder without a front
+            of these inputs.
         DataError: a split that the score needs is missing.
+        FitError: a merge has no finite score.
         MissingExtra: optuna or scipy is not installed.
 
     >>> import inspect
@@ -71,10 +73,13 @@ def map_front(
     Source: Li et al., "MAP: Low-compute Model Merging with Amortized Pareto Fronts via Quadratic Approximation",
     ICLR 2025, arXiv 2406.07529; luli-git/MAP (no licence).
     Differences: samples are the one-hot vectors and uniform draws in place of a grid; the front is searched in the
-    sampled box [0, 1]^T, not in [-3, 3]^T where surrogates extrapolate; the chosen point is evaluated again.
+    sampled box [0, 1]^T, not in [-3, 3]^T where surrogates extrapolate; the chosen point is evaluated again. Of the
+    rounds, resamples are drawn anew, bins are scored by all points so far, empty bins have the highest score, and the
+    last round's points count too (officially none of these).
     """
-    options = {"tasks": tasks, "preference": preference, "score": score, "samples": samples, "budget": budget}
-    raise_together(check(map_front, options | {"examples": examples, "seed": seed}))
+    options = {"tasks": tasks, "preference": preference, "front": front, "score": score, "samples": samples}
+    options |= {"rounds": rounds, "points": points, "budget": budget, "examples": examples, "seed": seed}
+    raise_together(check(map_front, options))
     run, tvs, names = run or Run(), tvs.to(tasks.device), tvs.tasks
     v = preferences(preference, names)
     count = (len(names) + 1) * (len(names) + 2) if samples is None else samples
@@ -82,98 +87,79 @@ def map_front(
         raise UsageError(
             f"map_front.samples must be at least {unknowns(len(names))} for {len(names)} tasks, got {count}."
         )
-    sign = 1.0 if score == "validation" else -1.0
-    scores = scorer(tvs, tasks, score, examples=examples, seed=seed, run=run)
+    saved = None if front is None else saved_front(front, tvs, score)
+    metrics = Metrics(tvs, tasks, score, examples, seed, run)
+    found = saved or metrics.front(_fitted(metrics, count, rounds, points, seed), budget)
+    best = max(range(len(found)), key=lambda i: sum(w * s for w, s in zip(v, found[i][1], strict=True)))
+    chosen = torch.tensor(found[best][0], dtype=torch.float64)
+    run.trace["map_front"] = metrics.traced(names, found, best, metrics.at(chosen[None], names, "chosen")[0].tolist())
+    return blend(tvs, chosen.float())
 
-    def measure(c: Tensor) -> list[float]:
-        found = scores(_merged(tvs, c))
-        return [sign * found[t] for t in names]
 
+def _fitted(metrics: Metrics, count: int, rounds: int, points: int, seed: int) -> list[Callable[[Tensor], float]]:
+    """The surrogate of every task."""
+    names = metrics.tasks
     at = torch.cat([torch.eye(len(names)), uniform((count, len(names)), seed, "coefficients")])[:count].double()
-    seen = []
-    with run.progress.track("MAP", count, "merge") as bar:
-        for c in at:
-            seen.append(measure(c))
-            bar.advance(1)
-    activation: Activation = "sigmoid" if score == "validation" else "softplus"
-    metrics = torch.tensor(seen, dtype=torch.float64)  # [K, T]
-    surrogates = [fit_surrogate(at, m, activation) for m in metrics.T]
-    front = surrogate_front([_times(sign, f) for f in surrogates], budget=budget, seed=seed, run=run)
-    best = max(range(len(front)), key=lambda i: sum(w * s for w, s in zip(v, front[i][1], strict=True)))
-    chosen = torch.tensor(front[best][0], dtype=torch.float64)
-    run.trace["map_front"] = FrontTrace(
-        tasks=list(names),
-        labelled=score == "validation",
-        points=[FrontPoint(coefficients=list(c), predicted=[sign * s for s in scores]) for c, scores in front],
-        chosen=best,
-        measured=measure(chosen),
-    )
-    return _merged(tvs, chosen)
+    surrogates = []
+    for task, metric in zip(names, metrics.at(at, names, "samples").T, strict=True):
+        c, m = at, metric
+        for i in range(rounds):
+            new = refined(c, m, fit_surrogate(c, m, metrics.activation), points, seed, task, i)
+            c, m = torch.cat([c, new]), torch.cat([m, metrics.at(new, (task,), f"{task} round {i + 1}")[:, 0]])
+        surrogates.append(fit_surrogate(c, m, metrics.activation))
+    return surrogates
 
 
-def unknowns(tasks: int) -> int:
-    """How many numbers a quadratic surrogate of that many coefficients has.
+def saved_front(folder: str | Path, tvs: TaskVectors, score: MapScore) -> list[Point]:
+    """The front that an earlier merge of the same base and experts wrote.
 
-    >>> [unknowns(t) for t in (1, 2, 3, 4, 8)]
-    [3, 6, 10, 15, 45]
+    Raises:
+        UsageError: there is none, or it is one of other inputs or another score.
+
+    >>> from calmerge import task_vectors
+    >>> saved_front("nowhere", task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}}), "validation")
+    Traceback (most recent call last):
+    calmerge._errors.UsageError: map_front.front: 'nowhere' holds no front; name a folder that a merge by MAP wrote.
     """
-    return (tasks + 1) * (tasks + 2) // 2
+    from calmerge._save import input_hashes
+    from calmerge._writer import MANIFEST
 
-
-def fit_surrogate(at: Tensor, metric: Tensor, activation: Activation) -> Callable[[Tensor], float]:
-    """The least-squares fit of phi(c' A c + b' c + e) to a metric at some coefficients [K, T], as a function of c.
-
-    >>> c = torch.tensor([[0.0], [0.5], [1.0]], dtype=torch.float64)
-    >>> round(fit_surrogate(c, 1 - c[:, 0] ** 2, "identity")(torch.tensor([0.2])), 6)
-    0.96
-    """
+    trace = front_of(folder)
+    if trace is None:
+        raise UsageError(f"map_front.front: '{folder}' holds no front; name a folder that a merge by MAP wrote.")
+    if list(tvs.tasks) != trace.tasks:
+        raise UsageError(
+            f"map_front.front: the front in '{folder}' is one of {', '.join(trace.tasks)}, and these experts are "
+            f"{', '.join(tvs.tasks)}."
+        )
+    if trace.labelled != (score == "validation"):
+        before = "validation" if trace.labelled else "expert_kl"
+        raise UsageError(f"map_front.front: the front in '{folder}' was found with score {before}, got {score}.")
     try:
-        from scipy.optimize import least_squares
-    except ImportError:
-        raise MissingExtra("scipy", "search") from None
-    x, phi = quadratic(at), _OF[activation]
-    if activation == "sigmoid":
-        start = metric.clamp(1e-3, 1 - 1e-3).logit()
-    else:
-        start = metric.clamp(min=1e-6).expm1().log() if activation == "softplus" else metric
-    theta = torch.linalg.lstsq(x, start[:, None], driver="gelsd").solution[:, 0]
-    if activation != "identity":
-        residual = lambda p: (phi(x @ torch.from_numpy(p)) - metric).numpy()  # noqa: E731
-        theta = torch.from_numpy(least_squares(residual, theta.numpy(), method="lm").x)
-    return lambda c: float(phi(quadratic(c[None].double()) @ theta))
+        inputs = json.loads((Path(folder) / MANIFEST).read_text())["inputs"]
+    except (OSError, ValueError, KeyError):
+        inputs = None
+    now = input_hashes(tvs)
+    if inputs != now:
+        other = next((who for who in now if not inputs or inputs.get(who) != now[who]), "an expert")
+        raise UsageError(f"map_front.front: the front in '{folder}' is one of other checkpoints ({other} differs).")
+    sign = 1.0 if trace.labelled else -1.0
+    return [(tuple(p.coefficients), tuple(sign * m for m in p.predicted)) for p in trace.points]
 
 
-def quadratic(c: Tensor) -> Tensor:
-    """All products of two coefficients, the coefficients, and 1: [K, T] to [K, (T + 1)(T + 2) / 2].
+def front_of(folder: str | Path) -> FrontTrace | None:
+    """The front in the report of a merged folder, if there is one.
 
-    >>> quadratic(torch.tensor([[2.0, 3.0]]))
-    tensor([[4., 6., 9., 2., 3., 1.]])
+    >>> front_of("nowhere") is None
+    True
     """
-    i, j = torch.triu_indices(c.shape[1], c.shape[1])
-    return torch.cat([c[:, i] * c[:, j], c, torch.ones_like(c[:, :1])], 1)
+    from calmerge.report.results import load
 
-
-def surrogate_front(
-    surrogates: Sequence[Callable[[Tensor], float]], *, budget: int, seed: int = 0, run: Run | None = None
-) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Coefficients in [0, 1]^T and values of functions to be made large, where no other found is better in all."""
-    space = {f"c{i}": Range(0.0, 1.0) for i in range(len(surrogates))}
-    start = [{f"c{i}": float(i == j) for i in range(len(surrogates))} for j in range(len(surrogates))]
-
-    def values(v: Mapping[str, object]) -> list[float]:
-        c = torch.tensor(list(v.values()), dtype=torch.float64)
-        return [f(c) for f in surrogates]
-
-    quiet = Run(progress=run.progress) if run else None  # quick to do again: no journal
-    found = search(
-        values, space, strategy="nsga3", budget=budget, seed=seed, start=start[:budget],
-        objectives=len(surrogates), run=quiet, label="front",
-    )  # fmt: skip
-    return [(tuple(float(x) for x in t.values.values()), t.scores or ()) for t in found.front]
-
-
-def _times(sign: float, f: Callable[[Tensor], float]) -> Callable[[Tensor], float]:
-    return lambda c: sign * f(c)
+    try:
+        report = load(Path(folder) / "report.json")
+    except DataError:
+        return None
+    return next((row.trace for row in report.rows if isinstance(row.trace, FrontTrace)), None)
 
 
 def preferences(given: Mapping[str, float] | None, names: Sequence[str]) -> list[float]:
@@ -191,7 +177,3 @@ def preferences(given: Mapping[str, float] | None, names: Sequence[str]) -> list
     if given is not None and not sum(given.values()) > 0:
         raise UsageError("preference: give at least one task a weight above 0.")
     return [1.0 if given is None else given.get(task, 0.0) for task in names]
-
-
-def _merged(tvs: TaskVectors, c: Tensor) -> Weights:
-    return task_arithmetic(weigh(tvs, weights=dict(zip(tvs.tasks, c.tolist(), strict=True))), scale=1.0)

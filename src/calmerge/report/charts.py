@@ -7,9 +7,9 @@ from importlib.resources import files
 from calmerge.report.league import Standing, split_stamp, standard_error, standings
 from calmerge.report.markup import Html, el, join
 from calmerge.report.results import Report
-from calmerge.report.svg import chart, clip, dot, line, rect, text, text_width, ticks
+from calmerge.report.svg import chart, clip, dot, line, rect, short, text, text_width, ticks
 from calmerge.report.tables import blocks, duration
-from calmerge.report.traces import Coverage
+from calmerge.report.traces import Coverage, FrontTrace
 
 ROW = 19.0  # height of a method's line
 
@@ -240,3 +240,56 @@ def norm_chart(norms: dict[str, float], *, width: float = 340) -> Html:
         parts.append(text(width - 4, y + 4, f"{value:.3g}", "value", "end"))
     label = "Norms: " + ", ".join(f"{name} {value:.3g}" for name, value in norms.items())
     return chart(width, 8 + ROW * len(norms), label, *parts)
+
+
+def front_chart(trace: FrontTrace, *, width: float = 460, height: float = 260) -> Html:
+    """A front of trade-offs: two tasks as the axes of a plane, more of them side by side with a line for each merge.
+
+    The merge that was taken is drawn on top, as predicted, and as measured (a ring).
+    """
+    across = len(trace.tasks)
+    predicted = [point.predicted for point in trace.points]
+    values = [value for row in [*predicted, trace.measured] for value in row]
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.01
+    low, high = low - margin, high + margin
+    left, right, top, bottom = 46.0, width - 12, 8.0, height - 40
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    parts: list[Html] = []
+    for tick in ticks(low, high, 4):
+        parts += [line(left, y(tick), right, y(tick)), text(left - 5, y(tick) + 4, short(tick), "value", "end")]
+    names = f"{len(trace.points)} merges, predicted {'accuracy' if trace.labelled else 'divergence'}"
+    taken = predicted[trace.chosen]
+    if across == 2:
+
+        def x(value: float) -> float:
+            return left + (right - left) * (value - low) / (high - low)
+
+        for tick in ticks(low, high, 5):
+            parts += [line(x(tick), top, x(tick), bottom), text(x(tick), bottom + 14, short(tick), "value", "middle")]
+        first, second = trace.tasks
+        parts.append(text((left + right) / 2, height - 6, first, "label", "middle"))
+        parts.append(text(11, (top + bottom) / 2, second, "label", "middle", turn=-90))
+        for row in predicted:
+            parts.append(dot(x(row[0]), y(row[1]), "bar", _said(trace, row), r=3))
+        parts.append(dot(x(taken[0]), y(taken[1]), "accent", f"taken: {_said(trace, taken)}", r=5))
+        found = trace.measured
+        parts.append(dot(x(found[0]), y(found[1]), "ring", f"measured: {_said(trace, found)}"))
+        return chart(width, height, names, *parts)
+    places = [left + (right - left) * (i + 0.5) / across for i in range(across)]
+    for place, name in zip(places, trace.tasks, strict=True):
+        parts.append(line(place, top, place, bottom))
+        parts.append(text(place, bottom + 16, clip(name, (right - left) / across), "label", "middle"))
+    for row, class_ in [*((row, "faint") for row in predicted), (taken, "taken")]:
+        points = " ".join(f"{px:.1f},{y(value):.1f}" for px, value in zip(places, row, strict=True))
+        parts.append(el("polyline", el("title", _said(trace, row)), points=points, class_=f"front {class_}"))
+    for place, name, value in zip(places, trace.tasks, trace.measured, strict=True):
+        parts.append(dot(place, y(value), "ring", f"measured: {name} {value:.4f}"))
+    return chart(width, height, names, *parts)
+
+
+def _said(trace: FrontTrace, row: Sequence[float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in zip(trace.tasks, row, strict=True))

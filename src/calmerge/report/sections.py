@@ -7,7 +7,7 @@ from itertools import groupby
 
 import yaml
 
-from calmerge.report.charts import cost_chart, coverage_chart, norm_chart, summary_chart, task_chart
+from calmerge.report.charts import cost_chart, coverage_chart, front_chart, norm_chart, summary_chart, task_chart
 from calmerge.report.league import Standing, ranked, split_stamp, standings
 from calmerge.report.markup import Html, el, join
 from calmerge.report.results import Analysis, Report, Row
@@ -294,16 +294,15 @@ def _trace(report: Report, row: Row) -> Html:
         case SearchTrace() as trace:
             return searched(trace, stamp)
         case FrontTrace() as trace:
-            return front(trace)
+            return front(trace, stamp)
     return NOTHING
 
 
-def front(trace: FrontTrace) -> Html:
-    """A front as text: how many points, and the one taken, predicted and measured."""
-    taken = trace.points[trace.chosen]
-    rows = zip(trace.tasks, taken.coefficients, taken.predicted, trace.measured, strict=True)
-    words = "; ".join(f"{t}: coefficient {c:.3f}, predicted {p:.4f}, measured {m:.4f}" for t, c, p, m in rows)
-    return el("p", f"A front of {len(trace.points)} merges. Taken: {words}.")
+def front(trace: FrontTrace, stamp: str) -> Html:
+    """A front: all of its merges as a drawing, and the one taken and the best of each task as a table."""
+    words = "Every merge that no other one is predicted to beat at all tasks; the one that was taken is drawn on top."
+    words += " A ring is what was measured of it."
+    return join(figure("Front", front_chart(trace), words, stamp=stamp), plain_table(*trace.table()))
 
 
 def searched(trace: SearchTrace, stamp: str) -> Html:

@@ -196,5 +196,21 @@ class FrontTrace(Record):
     chosen: Count
     measured: list[float]
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of a table: the merge that was taken, predicted and measured, and the best one of each task.
+
+        >>> points = [FrontPoint(coefficients=[1.0, 0.0], predicted=[0.9, 0.2])]
+        >>> FrontTrace(tasks=["a", "b"], labelled=True, points=points, chosen=0, measured=[0.8, 0.3]).table()[1][:2]
+        [['taken', '0.9000', '0.2000'], ['  measured', '0.8000', '0.3000']]
+        """
+        best = max if self.labelled else min
+        taken = self.points[self.chosen]
+        shown = [("taken", taken.predicted), ("  measured", self.measured), ("  coefficients", taken.coefficients)]
+        for i, task in enumerate(self.tasks):
+            shown.append((f"best for {task}", best((p.predicted for p in self.points), key=lambda m, i=i: m[i])))  # type: ignore[misc]
+        metric = "accuracy" if self.labelled else "divergence"
+        head = [f"{metric} of {len(self.points)} merges", *self.tasks]
+        return head, [[who, *(f"{value:.4f}" for value in values)] for who, values in shown]
+
 
 Trace = Annotated[CalmTrace | FitTrace | SearchTrace | FrontTrace, Field(discriminator="kind")]
