@@ -25,7 +25,7 @@ from calmerge._open import open_recipe
 from calmerge._pipe import walk
 from calmerge._plan import plan
 from calmerge._run import Run
-from calmerge._save import checkpoints_behind, finished_before, hashes, input_hashes, save, to_write, versions
+from calmerge._save import checkpoints_behind, finished_before, hashes, save, to_write, versions
 from calmerge._save_adapter import largest, save_adapter
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
@@ -187,9 +187,8 @@ def run_recipe(
             shard=recipe.out.shard or "5GB",
             max_memory=recipe.out.max_memory,
             recipe=recipe.to_dict(),
-            card=_card(report, path.name),
             resume=resume,
-            also=lambda folder: _write_report(report, folder),
+            also=lambda folder: _write_report(_with_inputs(report, recipe, tvs), folder, card=path.name),
             run=run,
         )
     if run.folder is None:
@@ -212,7 +211,7 @@ def _as_adapter(
         **_adapter(recipe),
         dtype=_dtype(recipe) or torch.float32,
         recipe=recipe.to_dict(),
-        also=lambda folder: _write_report(report, folder),
+        also=lambda folder: _write_report(_with_inputs(report, recipe, tvs), folder),
         run=run,
     )
 
@@ -276,20 +275,12 @@ def _report(
         heads=delta.heads if isinstance(delta, Merged) else "frozen",
         trace=trace,
     )
-    input_hashes(tvs)  # all at once; each is known from here on
     return results.Report(
         title=f"{', '.join(tvs.tasks) or Path(recipe.file).stem}: merged with {row.label}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         versions=results.Versions(**_environment()),
         recipe=recipe.to_dict(),
-        inputs={
-            name: results.Input(label=str(label), sha256=_joined(hashes(weights)))
-            for name, label, weights in [
-                ("base", key_of(recipe.base) if recipe.base else "none", tvs.base),
-                *((task, key_of(recipe.experts[task]), weights) for task, weights in tvs.experts.items()),
-            ]
-        },
         seeds=[recipe.seed] if recipe.seed is not None else [],
         protocol=results.Protocol(split=row.split, heads=row.heads),
         tasks=[results.TaskInfo(name=task) for task in tvs.tasks],
@@ -297,16 +288,27 @@ def _report(
     )
 
 
-def _card(report: "Report", folder: str) -> str:
-    from calmerge.report.card import model_card
-
-    return model_card(report, folder=folder)
-
-
-def _write_report(report: "Report", folder: Path) -> None:
+def _with_inputs(report: "Report", recipe: Recipe, tvs: TaskVectors) -> "Report":
+    """The report with the hashes of base and experts, which `save` finds beside its writing."""
     from calmerge.report import results
+
+    places = {"base": (key_of(recipe.base) if recipe.base else "none", tvs.base)}
+    places |= {task: (key_of(recipe.experts[task]), weights) for task, weights in tvs.experts.items()}
+    inputs = {
+        name: results.Input(label=str(label), sha256=_joined(hashes(weights)))
+        for name, (label, weights) in places.items()
+    }
+    return report.model_copy(update={"inputs": inputs})
+
+
+def _write_report(report: "Report", folder: Path, *, card: str | None = None) -> None:
+    """The report as data and as a page, and a model card that calls the folder `card`."""
+    from calmerge.report import results
+    from calmerge.report.card import model_card
     from calmerge.report.html import write_html
 
+    if card is not None:
+        (folder / "README.md").write_text(model_card(report, folder=card))
     results.dump(report, folder / "report.json")
     write_html(report, folder / "report.html")
 
