@@ -206,6 +206,7 @@ def settle(nodes: Iterable[Node], *, threads: int | None = None, run: Run | None
                 if by_blocks:
                     _side_by_side(group, partial(ahead, pool, most=2 * threads), run, taping=taping)
             alone = [group for group, by_blocks in zip(stage, shared, strict=True) if not by_blocks]
+            alone.sort(key=_entries, reverse=True)  # so that no thread is left with a large one at the end
             if alone:
                 with run.progress.track("measuring", len(alone)) as bar:
                     for done in ahead(pool, partial(_in_turn, taping=taping), _batches(alone), 2 * threads):

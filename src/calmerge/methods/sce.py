@@ -70,7 +70,8 @@ def select_calculate_erase(tvs: TaskVectors, select_topk: float, *, floor: float
     tensor([0.3000])
     """
     chosen = _select(tvs, select_topk) if select_topk < 1 else tvs
-    squares = per_tensor(chosen, lambda w: total(w, _squares).map(lambda sums: sums / w.numel))
+    squared = chosen.transform(lambda tau, site: tau.square())
+    squares = per_tensor(squared, lambda w: total(w, _sums).map(lambda sums: sums / w.numel))
 
     def fused(tau: Tensor, square: Tensor, site: Site) -> Tensor:
         known = bool(square.sum() > 0) and bool(square.sum() >= floor)
@@ -88,5 +89,5 @@ def _select(tvs: TaskVectors, share: float) -> TaskVectors:
     return tvs.transform(lambda tau, v, at, site: masked(tau, among(v, at, site)), variance, cut)
 
 
-def _squares(block: Tensor) -> Tensor:
-    return block.reshape(len(block), -1).square().sum(1, dtype=torch.float64)
+def _sums(block: Tensor) -> Tensor:
+    return block.reshape(len(block), -1).sum(1, dtype=torch.float64)
