@@ -305,6 +305,10 @@ def explain(
 @app.command(short_help="Check a recipe or a suite without running it.")
 def validate(
     file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe or a suite file.")],
+    values: Annotated[
+        bool, typer.Option("--values", help="Read all inputs too, and name tensors with NaN or infinite entries.")
+    ] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Example: calmerge validate recipe.yaml
@@ -315,13 +319,19 @@ def validate(
     from calmerge._yaml import load_documents
 
     if load_documents(file)[0].get("suite") is not None:
+        if values:
+            raise UsageError(f"{file.name} is a suite, which has no checkpoints; --values is for recipes.")
         found = _validate_suite(file)
     else:
         from calmerge._recipe_run import open_inputs, preview
+        from calmerge._values import check_values
         from calmerge.recipe import load_recipe
 
         checked = load_recipe(file)
-        found = preview(checked, open_inputs(checked)).to_dict()
+        tvs = open_inputs(checked)
+        found = preview(checked, tvs).to_dict()
+        if values:
+            check_values(tvs, run=_run(quiet))
 
     def show() -> None:
         typer.echo(f"{file.name} is fine{': ' if found['tasks'] else ''}{', '.join(found['tasks'])}.")

@@ -86,6 +86,16 @@ def test_merges_as_the_reference(case: str, method: Callable[..., Any], golden: 
     assert torch.equal(merged["vision_model.embeddings.position_ids"], tvs.base["vision_model.embeddings.position_ids"])
 
 
+def test_a_buffer_that_is_counted_is_a_larger_share_and_nothing_else(golden: Golden) -> None:
+    """There an integer buffer of 5 takes part in the count, with differences of 0; here only what is merged does."""
+    described, stored = golden("ties_buffer_counted_T3")
+    tvs, _ = inputs("ties_buffer_counted_T3", described, 3)
+    counted = tvs.numel + 5
+    merged = add(tvs.base, ties(tvs, keep=(int(counted * 0.2) + 0.5) / tvs.numel))
+    for name, tensor in stored.items():
+        close(merged[name], tensor, described)
+
+
 @pytest.mark.parametrize(("case", "of"), [("slerp_T2", "weights"), ("slerp_task_vectors_T2", "deltas")])
 def test_interpolates_as_the_reference(case: str, of: Any, golden: Golden) -> None:
     described, stored = golden(case)
