@@ -52,7 +52,7 @@ class Reader:
         Args:
             name: of the tensor.
             blocks: rows that follow each other.
-            together: whether they may come as one where that is quicker: of a tape that reads files little is held.
+            together: whether they may come as one where that is quicker: a tape that computes nothing first holds little.
         """
         tape = self._tape(name)
         if tape is None:

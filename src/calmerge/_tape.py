@@ -89,8 +89,8 @@ class Tape:
 
     @property
     def streams(self) -> bool:
-        """Whether all that is loaded comes from files."""
-        return all(isinstance(one.fill, Stored) for one in self.inputs)
+        """Whether nothing that is loaded has to be computed first, so that little is held, whatever the block."""
+        return not any(one.made for one in self.inputs)
 
     @contextmanager
     def opened(self) -> Iterator[list[int]]:
