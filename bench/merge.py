@@ -11,7 +11,7 @@ own, twice, and the better run counts. `limit` is the time of reading all its in
 copies, by as many threads, in the same run; files are in the page cache. `streamed` is a merge without what plain
 copies do not do (hashes, flushing to disk), and its share of the limit is printed, by the clock and by processor time,
 which a busy machine disturbs less; `whole` is all that `save` does, and is compared with mergekit. Start-up (imports)
-is printed once for each tool and is in no other figure; numba and the loop that it compiled belong to it. `private` is
+is printed once for each tool and is in no other figure; that of numba belongs to it. `private` is
 the highest private memory (`RssAnon`) of the process above what its imports take; files that are mapped do not count.
 """
 
@@ -356,7 +356,7 @@ def _worker(job: Mapping[str, Any]) -> dict[str, Any]:
     if not job.get("tapes", True):
         _compiled.LARGE = sys.maxsize
     elif importlib.util.find_spec("numba"):
-        import calmerge._machine  # loads its compiled loop, which belongs to the start-up
+        import calmerge._machine  # and with it numba, which belongs to the start-up
 
     class Clock:
         """Adds up what each label took."""

@@ -1,26 +1,27 @@
-"""The machine that plays tapes: chains of single steps over blocks, a thousand entries at a time.
+"""The machine that plays tapes: all steps of one, compiled into a single loop over the entries of a block.
 
-Between two steps the entries stay in the first-level cache, what is read from files in the second, and Python is not
+Entries stay in the processor's registers between two steps, what is read from files in its cache, and Python is not
 asked again until a block is done, so that threads do not wait for each other. Every step is one operation of IEEE
-single precision, as torch makes it: what comes out is the same to the bit.
+single precision, as torch makes it, and none is fused with another: what comes out is the same to the bit.
+
+The loop is written in LLVM's assembly language, which llvmlite (a part of numba) compiles.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, TypeVar
 
+import llvmlite.binding as llvm
 import numba
-import numpy as np
-from numba.core.types import ExternalFunction, int32, int64, intp, voidptr
-
-from calmerge._watch import Array
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-WIDTH = 2048
-"""How many entries a register holds."""
 STRIP = 2**15
 """How many entries are read from files at a time."""
 SOUND, NOT_FINITE, UNREADABLE = 0, 1, 2
+_COMPILING = threading.Lock()
 
 (
     LOAD_BF16, LOAD_F32, LOAD_U8, STORE_BF16, STORE_F32, FINITE, ADD, SUB, MUL, DIV, LEAST, MOST, ABS, SIGN, SQRT,
@@ -28,245 +29,249 @@ SOUND, NOT_FINITE, UNREADABLE = 0, 1, 2
 ) = range(21)  # fmt: skip
 
 
-def compiled(*signature: str) -> Callable[[F], F]:
-    """A decorator that compiles to machine code which lets other threads run.
+class Load(NamedTuple):
+    """A value that is read: how, and the bytes of an entry if they lie in a file, else 0."""
 
-    It is kept on disk, where a place for it is found, and compiled or loaded at once where the `signature` is given,
-    else when it is first called.
+    op: int
+    stored: int
+
+
+class Step(NamedTuple):
+    """One operation: the value it makes, and those it is made from."""
+
+    op: int
+    to: int
+    a: int = 0
+    b: int = 0
+    d: int = 0
+
+
+def compiled() -> Callable[[F], F]:
+    """A decorator that compiles to machine code which lets other threads run, when it is first called.
+
+    It is kept on disk, where a place for it is found.
     """
     options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 
     def compile(fn: F) -> F:
         try:
-            return numba.njit(*signature, cache=True, **options)(fn)  # type: ignore[no-any-return]
+            return numba.njit(cache=True, **options)(fn)  # type: ignore[no-any-return]
         except RuntimeError:  # no folder can be written to
-            return numba.njit(*signature, **options)(fn)  # type: ignore[no-any-return]
+            return numba.njit(**options)(fn)  # type: ignore[no-any-return]
 
     return compile
 
 
-_pread: Any = ExternalFunction("pread", intp(int32, voidptr, intp, int64))
+class Player:
+    """A compiled tape, to be called with the addresses of its planes.
 
-
-@compiled()
-def _read(file: int, into: Array, at: int) -> bool:
-    """Fill `into` with the bytes of an open file from `at` on; whether there are as many."""
-    while into.size:
-        got = _pread(file, into.ctypes.data, into.size, at)
-        if got <= 0:
-            return False
-        into, at = into[got:], at + got
-    return True
-
-
-@compiled()
-def _play(code: Array, registers: Array, data: Array, out: Array, begin: int, at: int, w: int) -> bool:
-    """Run all steps over the `w` entries from number `at` on, in the strip that begins at `begin`."""
-    bits = registers.view(np.uint32)
-    sound = True
-    for k in range(code.shape[0]):
-        op, c, a, b, d = code[k, 0], code[k, 1], code[k, 2], code[k, 3], code[k, 4]
-        if op == LOAD_BF16:
-            a += 2 * (at - b * begin)
-            _widen(data[a : a + 2 * w].view(np.uint16), bits[c], w)
-        elif op == LOAD_F32:
-            a += 4 * (at - b * begin)
-            _copy(data[a : a + 4 * w].view(np.float32), registers[c], w)
-        elif op == LOAD_U8:
-            a += at - b * begin
-            _copy(data[a : a + w], registers[c], w)
-        elif op == STORE_BF16:
-            _narrow(bits[c], out[a + 2 * at : a + 2 * (at + w)].view(np.uint16), w)
-        elif op == STORE_F32:
-            _copy(registers[c], out[a + 4 * at : a + 4 * (at + w)].view(np.float32), w)
-        elif op == FINITE:
-            sound &= _finite(bits[c], w)
-        elif op == ADD:
-            _add(registers[a], registers[b], registers[c], w)
-        elif op == SUB:
-            _sub(registers[a], registers[b], registers[c], w)
-        elif op == MUL:
-            _mul(registers[a], registers[b], registers[c], w)
-        elif op == DIV:
-            _div(registers[a], registers[b], registers[c], w)
-        elif op == LEAST:
-            _least(registers[a], registers[b], registers[c], w)
-        elif op == MOST:
-            _most(registers[a], registers[b], registers[c], w)
-        elif op == ABS:
-            _abs(registers[a], registers[c], w)
-        elif op == SIGN:
-            _sign(registers[a], registers[c], w)
-        elif op == SQRT:
-            _sqrt(registers[a], registers[c], w)
-        elif op == SHRINK:
-            _shrink(registers[a], registers[b], registers[c], w)
-        elif op == GREATER:
-            _greater(registers[a], registers[b], registers[c], w)
-        elif op == AT_LEAST:
-            _at_least(registers[a], registers[b], registers[c], w)
-        elif op == EQUAL:
-            _equal(registers[a], registers[b], registers[c], w)
-        elif op == WHERE:
-            _where(registers[a], registers[b], registers[d], registers[c], w)
-        elif op == ROUND_BF16:
-            _round(bits[a], bits[c], w)
-    return sound
-
-
-# Steps: x and y to z, `w` entries. They are functions of their own so that each becomes a vector loop ----------------
-
-
-@compiled()
-def _widen(x: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = np.uint32(x[i]) * np.uint32(65536)
-
-
-@compiled()
-def _narrow(x: Array, z: Array, w: int) -> None:
-    """To the nearest bfloat16, of two the even one; NaN stays NaN."""
-    for i in range(w):
-        u = x[i]
-        rounded = np.uint32(np.uint32(u + np.uint32(0x7FFF)) + np.uint32((u >> np.uint32(16)) & np.uint32(1)))
-        nan = np.uint32(u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        z[i] = np.uint16(0x7FC0) if nan else np.uint16(rounded >> np.uint32(16))
-
-
-@compiled()
-def _round(x: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        u = x[i]
-        rounded = np.uint32(np.uint32(u + np.uint32(0x7FFF)) + np.uint32((u >> np.uint32(16)) & np.uint32(1)))
-        nan = np.uint32(u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        z[i] = np.uint32(0x7FC00000) if nan else np.uint32(rounded & np.uint32(0xFFFF0000))
-
-
-@compiled()
-def _copy(x: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = x[i]
-
-
-@compiled()
-def _finite(x: Array, w: int) -> bool:
-    most = np.uint32(0)
-    for i in range(w):
-        most = max(most, np.uint32(x[i] & np.uint32(0x7FFFFFFF)))
-    return most < np.uint32(0x7F800000)  # type: ignore[return-value, no-any-return]
-
-
-@compiled()
-def _add(x: Array, y: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = x[i] + y[i]
-
-
-@compiled()
-def _sub(x: Array, y: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = x[i] - y[i]
-
-
-@compiled()
-def _mul(x: Array, y: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = x[i] * y[i]
-
-
-@compiled()
-def _div(x: Array, y: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = x[i] / y[i]
-
-
-@compiled()
-def _least(x: Array, y: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = x[i] if x[i] < y[i] or x[i] != x[i] else y[i]
-
-
-@compiled()
-def _most(x: Array, y: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = x[i] if x[i] > y[i] or x[i] != x[i] else y[i]
-
-
-@compiled()
-def _abs(x: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = abs(x[i])
-
-
-@compiled()
-def _sign(x: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = np.float32(x[i] > 0) - np.float32(x[i] < 0)
-
-
-@compiled()
-def _sqrt(x: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = np.sqrt(x[i])
-
-
-@compiled()
-def _shrink(x: Array, y: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = np.float32(0) if x[i] >= -y[i] and x[i] <= y[i] else x[i]
-
-
-@compiled()
-def _greater(x: Array, y: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = np.float32(x[i] > y[i])
-
-
-@compiled()
-def _at_least(x: Array, y: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = np.float32(x[i] >= y[i])
-
-
-@compiled()
-def _equal(x: Array, y: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = np.float32(x[i] == y[i])
-
-
-@compiled()
-def _where(x: Array, y: Array, y2: Array, z: Array, w: int) -> None:
-    for i in range(w):
-        z[i] = y[i] if x[i] != 0 else y2[i]
-
-
-# All of them ---------------------------------------------------------------------------------------------------------
-
-
-@compiled("int64(int64[:, ::1], float32[:, ::1], uint8[::1], uint8[::1], int64[:, ::1], int64)")
-def play(code: Array, registers: Array, data: Array, out: Array, files: Array, n: int) -> int:
-    """Run the steps of `code` over `n` entries.
+    Called as `player(inputs, outputs, constants, n, files, firsts)`, all addresses of arrays but `n`, the entries of a
+    plane: int64 addresses of the planes that are read (of those in files, of room for a strip) and of those that are
+    written, float32 constants, int64 open files and the first byte in each. It returns SOUND, or what was found of an
+    entry that was asked to be finite and is not, or of a file that ends too early.
 
     Args:
-        code: int64 [steps, 5]: the operation, the register it writes, and the registers that it reads. Of loads and
-            stores these are the first byte in `data` or `out`, and (loads) whether that begins anew with each strip.
-        registers: float32 [count, WIDTH]; those that no step writes hold constants.
-        data: bytes of all inputs; of those in files, of one strip.
-        out: bytes of all outputs.
-        files: int64 [count, 4]: an open file, the first byte in it, the bytes of an entry, and where in `data` a strip
-            of it goes.
-        n: entries of a plane.
-
-    Returns:
-        SOUND, or what was found of: an entry that was asked to be finite and is not, a file that ends too early.
+        loads: what the first values are; then come the constants, then what the steps make.
+        constants: how many there are.
+        steps: in order.
+        stores: operation and value of each plane that is written.
     """
-    sound = True
-    for begin in range(0, n, STRIP):
-        end = min(begin + STRIP, n)
-        for i in range(files.shape[0]):
-            file, start, size, a = files[i, 0], files[i, 1], files[i, 2], files[i, 3]
-            if not _read(file, data[a : a + size * (end - begin)], start + size * begin):
-                return UNREADABLE
-        for at in range(begin, end, WIDTH):
-            sound &= _play(code, registers, data, out, begin, at, min(WIDTH, end - at))
-    return SOUND if sound else NOT_FINITE
+
+    def __init__(
+        self, loads: Sequence[Load], constants: int, steps: Sequence[Step], stores: Sequence[tuple[int, int]]
+    ) -> None:
+        text = _program(loads, constants, steps, stores)
+        with _COMPILING:
+            builder = _passes()
+            module = llvm.parse_assembly(text)
+            module.verify()
+            builder.getModulePassManager().run(module, builder)
+            self._engine = llvm.create_mcjit_compiler(module, _target())  # owns the code, and what it is handed
+            address = self._engine.get_function_address("play")
+        kind = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 3, ctypes.c_int64, *[ctypes.c_void_p] * 2)
+        self._play = kind(address)
+
+    def __call__(self, *arguments: int) -> int:
+        return int(self._play(*arguments))
+
+
+@lru_cache(maxsize=256)
+def player(
+    loads: tuple[Load, ...], constants: int, steps: tuple[Step, ...], stores: tuple[tuple[int, int], ...]
+) -> Player:
+    """The player of a tape; one for all tensors whose tapes differ in their constants alone."""
+    return Player(loads, constants, steps, stores)
+
+
+def _target() -> Any:
+    """This processor."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    try:
+        features = llvm.get_host_cpu_features().flatten()
+    except RuntimeError:  # not told on every system
+        features = ""
+    target = llvm.Target.from_default_triple()
+    return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
+
+
+@cache
+def _passes() -> Any:
+    """What optimises for this processor."""
+    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+    tuning.loop_vectorization = True
+    return llvm.create_pass_builder(_target(), tuning)
+
+
+# The program -------------------------------------------------------------------------------------------------------
+
+_SIZES = {LOAD_BF16: 2, LOAD_F32: 4, LOAD_U8: 1, STORE_BF16: 2, STORE_F32: 4}
+_ROUNDED = """\
+{r}.u = bitcast float {a} to i32
+{r}.h = lshr i32 {r}.u, 16
+{r}.e = and i32 {r}.h, 1
+{r}.s = add i32 {r}.e, 32767
+{r}.t = add i32 {r}.u, {r}.s
+{r}.m = and i32 {r}.u, 2147483647
+{r}.n = icmp ugt i32 {r}.m, 2139095040
+{r}.k = and i32 {r}.t, -65536
+{r}.v = select i1 {r}.n, i32 2143289344, i32 {r}.k"""  # to the nearest bfloat16, of two the even one; NaN stays NaN
+_LINES = {
+    LOAD_BF16: "{r}.x = load i16, ptr {at}\n{r}.z = zext i16 {r}.x to i32\n{r}.s = shl i32 {r}.z, 16\n"
+    "{r} = bitcast i32 {r}.s to float",
+    LOAD_F32: "{r} = load float, ptr {at}",
+    LOAD_U8: "{r}.x = load i8, ptr {at}\n{r} = uitofp i8 {r}.x to float",
+    STORE_BF16: _ROUNDED + "\n{r}.w = lshr i32 {r}.v, 16\n{r}.o = trunc i32 {r}.w to i16\nstore i16 {r}.o, ptr {at}",
+    STORE_F32: "store float {a}, ptr {at}",
+    FINITE: "{r}.u = bitcast float {a} to i32\n{r}.m = and i32 {r}.u, 2147483647\n"
+    "{r} = call i32 @llvm.umax.i32(i32 {top}, i32 {r}.m)",
+    ADD: "{r} = fadd float {a}, {b}", SUB: "{r} = fsub float {a}, {b}",
+    MUL: "{r} = fmul float {a}, {b}", DIV: "{r} = fdiv float {a}, {b}",
+    LEAST: "{r}.l = fcmp olt float {a}, {b}\n{r}.n = fcmp uno float {a}, {a}\n{r}.c = or i1 {r}.l, {r}.n\n"
+    "{r} = select i1 {r}.c, float {a}, float {b}",
+    MOST: "{r}.l = fcmp ogt float {a}, {b}\n{r}.n = fcmp uno float {a}, {a}\n{r}.c = or i1 {r}.l, {r}.n\n"
+    "{r} = select i1 {r}.c, float {a}, float {b}",
+    ABS: "{r} = call float @llvm.fabs.f32(float {a})", SQRT: "{r} = call float @llvm.sqrt.f32(float {a})",
+    SIGN: "{r}.p = fcmp ogt float {a}, 0.0\n{r}.m = fcmp olt float {a}, 0.0\n{r}.x = uitofp i1 {r}.p to float\n"
+    "{r}.y = uitofp i1 {r}.m to float\n{r} = fsub float {r}.x, {r}.y",
+    SHRINK: "{r}.n = fneg float {b}\n{r}.l = fcmp oge float {a}, {r}.n\n{r}.h = fcmp ole float {a}, {b}\n"
+    "{r}.c = and i1 {r}.l, {r}.h\n{r} = select i1 {r}.c, float 0.0, float {a}",
+    GREATER: "{r}.c = fcmp ogt float {a}, {b}\n{r} = uitofp i1 {r}.c to float",
+    AT_LEAST: "{r}.c = fcmp oge float {a}, {b}\n{r} = uitofp i1 {r}.c to float",
+    EQUAL: "{r}.c = fcmp oeq float {a}, {b}\n{r} = uitofp i1 {r}.c to float",
+    WHERE: "{r}.c = fcmp une float {a}, 0.0\n{r} = select i1 {r}.c, float {b}, float {d}",
+    ROUND_BF16: _ROUNDED + "\n{r} = bitcast i32 {r}.v to float",
+}  # fmt: skip
+"""What a step is in assembly: {r} is the value it makes, {at} an address, {top} the largest bits asked for so far."""
+
+_READING = """
+declare i64 @pread(i32, ptr, i64, i64)
+declare i32 @llvm.umax.i32(i32, i32)
+declare i64 @llvm.umin.i64(i64, i64)
+declare float @llvm.fabs.f32(float)
+declare float @llvm.sqrt.f32(float)
+
+define internal i1 @fill(i64 %handle, ptr %into, i64 %size, i64 %first) noinline {
+entry:
+  %file = trunc i64 %handle to i32
+  br label %again
+again:
+  %done = phi i64 [0, %entry], [%now, %more]
+  %left = sub i64 %size, %done
+  %place = getelementptr i8, ptr %into, i64 %done
+  %from = add i64 %first, %done
+  %got = call i64 @pread(i32 %file, ptr %place, i64 %left, i64 %from)
+  %any = icmp sgt i64 %got, 0
+  br i1 %any, label %more, label %short
+more:
+  %now = add i64 %done, %got
+  %whole = icmp uge i64 %now, %size
+  br i1 %whole, label %full, label %again
+full:
+  ret i1 true
+short:
+  ret i1 false
+}
+"""
+
+
+def _program(loads: Sequence[Load], constants: int, steps: Sequence[Step], stores: Sequence[tuple[int, int]]) -> str:
+    """`play`, which reads strip after strip, and `strip`, the loop over the entries of one."""
+    return "\n".join([_READING, *_strip(loads, constants, steps, stores), *_play(loads, constants, stores)])
+
+
+def _strip(
+    loads: Sequence[Load], constants: int, steps: Sequence[Step], stores: Sequence[tuple[int, int]]
+) -> list[str]:
+    planes = [f"ptr noalias readonly %i{j}" for j in range(len(loads))]
+    planes += [f"ptr noalias %o{j}" for j in range(len(stores))]
+    planes += [f"float %v{len(loads) + j}" for j in range(constants)]
+    body, top = [], "%top"
+
+    def line(op: int, r: str, at: str = "", **values: int) -> None:
+        names = {key: f"%v{value}" for key, value in values.items()}
+        body.append(_LINES[op].format(r=r, at=at, top=top, **names))
+
+    for j, load in enumerate(loads):
+        body.append(f"%a{j} = getelementptr i{8 * _SIZES[load.op]}, ptr %i{j}, i64 %k")
+        line(load.op, f"%v{j}", f"%a{j}")
+    for j, step in enumerate(steps):
+        if step.op == FINITE:
+            line(step.op, f"%top{j}", a=step.a)
+            top = f"%top{j}"
+        else:
+            line(step.op, f"%v{step.to}", a=step.a, b=step.b, d=step.d)
+    for j, (op, value) in enumerate(stores):
+        body.append(f"%b{j} = getelementptr i{8 * _SIZES[op]}, ptr %o{j}, i64 %k")
+        line(op, f"%s{j}", f"%b{j}", a=value)
+    return [
+        f"define internal i32 @strip({', '.join(planes)}, i64 %n) noinline {{", "entry:", "br label %loop", "loop:",
+        "%k = phi i64 [0, %entry], [%next, %loop]", f"%top = phi i32 [0, %entry], [{top}, %loop]", *body,
+        "%next = add nuw nsw i64 %k, 1", "%more = icmp ult i64 %next, %n", "br i1 %more, label %loop, label %end",
+        "end:", f"ret i32 {top}", "}",
+    ]  # fmt: skip
+
+
+def _play(loads: Sequence[Load], constants: int, stores: Sequence[tuple[int, int]]) -> list[str]:
+    files = [j for j, load in enumerate(loads) if load.stored]
+
+    def taken(name: str, kind: str, array: str, count: int) -> list[str]:
+        return [
+            f"%{name}{j}.p = getelementptr {kind}, ptr %{array}, i64 {j}\n%{name}{j} = load {kind}, ptr %{name}{j}.p"
+            for j in range(count)
+        ]
+
+    lines = [
+        "define i32 @play(ptr %inputs, ptr %outputs, ptr %constants, i64 %n, ptr %files, ptr %firsts) {", "entry:",
+        *taken("i", "ptr", "inputs", len(loads)), *taken("o", "ptr", "outputs", len(stores)),
+        *taken("c", "float", "constants", constants), *taken("f", "i64", "files", len(files)),
+        *taken("g", "i64", "firsts", len(files)), "br label %outer", "outer:",
+        f"%begin = phi i64 [0, %entry], [%next, %read{len(files)}]",
+        f"%bad = phi i32 [0, %entry], [%worst, %read{len(files)}]",
+        "%left = sub i64 %n, %begin", f"%w = call i64 @llvm.umin.i64(i64 %left, i64 {STRIP})", "br label %read0",
+    ]  # fmt: skip
+    for f, j in enumerate(files):
+        size = loads[j].stored
+        lines += [
+            f"read{f}:", f"%z{f} = mul i64 %w, {size}", f"%x{f} = mul i64 %begin, {size}",
+            f"%y{f} = add i64 %g{f}, %x{f}", f"%ok{f} = call i1 @fill(i64 %f{f}, ptr %i{j}, i64 %z{f}, i64 %y{f})",
+            f"br i1 %ok{f}, label %read{f + 1}, label %unreadable",
+        ]  # fmt: skip
+    lines.append(f"read{len(files)}:")
+    pointers = []
+    for j, load in enumerate(loads):
+        if load.stored:
+            pointers.append(f"ptr %i{j}")
+        else:
+            lines.append(f"%p{j} = getelementptr i{8 * _SIZES[load.op]}, ptr %i{j}, i64 %begin")
+            pointers.append(f"ptr %p{j}")
+    for j, (op, _) in enumerate(stores):
+        lines.append(f"%q{j} = getelementptr i{8 * _SIZES[op]}, ptr %o{j}, i64 %begin")
+        pointers.append(f"ptr %q{j}")
+    given = ", ".join([*pointers, *(f"float %c{j}" for j in range(constants)), "i64 %w"])
+    return [
+        *lines, f"%top = call i32 @strip({given})", "%worst = call i32 @llvm.umax.i32(i32 %bad, i32 %top)",
+        "%next = add i64 %begin, %w", "%more = icmp ult i64 %next, %n", "br i1 %more, label %outer, label %end",
+        "end:", "%sick = icmp uge i32 %worst, 2139095040", f"%found = select i1 %sick, i32 {NOT_FINITE}, i32 {SOUND}",
+        "ret i32 %found", "unreadable:", f"ret i32 {UNREADABLE}", "}",
+    ]  # fmt: skip

@@ -52,7 +52,7 @@ class Reader:
         Args:
             name: of the tensor.
             blocks: rows that follow each other.
-            together: whether they may come as one where that is quicker: a tape that computes nothing first holds little.
+            together: whether they may come as one where that is quicker, as of a tape that computes nothing first.
         """
         tape = self._tape(name)
         if tape is None:

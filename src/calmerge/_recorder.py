@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calmerge import _machine as machine
-from calmerge._tape import LOADS, Input, Output, Step, Tape, assembled
+from calmerge._machine import Step
+from calmerge._tape import LOADS, Input, Output, Tape, assembled
 from calmerge._watch import Array, Fill, watching
 
 _UNSET = -1  # the value of memory that was reserved and not yet written

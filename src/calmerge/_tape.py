@@ -1,7 +1,7 @@
 """Tapes: chains of single steps over the entries of a block, played by the machine.
 
 A *plane* is one value for each entry of a block: the base has one, task vectors have T. A tape loads the planes of its
-inputs into registers, works on them step by step, and stores those that come out. A `Recorder` makes it.
+inputs, works on them step by step, and stores those that come out. A `Recorder` makes it.
 """
 
 import os
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calmerge import _machine as machine
+from calmerge._machine import Step
 from calmerge._watch import Array, Fill, Stored, watching
 
 LOADS = {
@@ -36,16 +37,6 @@ class Output(NamedTuple):
     dtype: torch.dtype
 
 
-class Step(NamedTuple):
-    """One operation: the value it makes, and those it is made from."""
-
-    op: int
-    to: int
-    a: int = 0
-    b: int = 0
-    d: int = 0
-
-
 class Input(NamedTuple):
     """What a tape loads: how it is filled, its stored type, how many planes it has, and whether it was computed."""
 
@@ -60,9 +51,8 @@ class Input(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """The steps as the machine wants them for blocks of one size, and where inputs and planes lie then."""
+    """Where inputs and planes lie for blocks of one size: first bytes, with the end of all as the last one."""
 
-    code: Array
     starts: list[int]
     ends: list[int]
 
@@ -72,18 +62,17 @@ class Tape:
     """Steps over planes, ready to be played.
 
     Args:
-        steps: in order; loads name the number of an input and of its plane, stores the number of a plane that comes
-            out.
-        constants: what the first registers hold.
-        registers: how many are needed in all.
+        play_all: the steps, compiled.
+        constants: that they work with, float32.
         inputs: what is loaded.
+        loads: number of the input and of its plane, for each value that is loaded.
         outputs: what comes out.
     """
 
-    steps: list[Step]
+    play_all: machine.Player
     constants: Array
-    registers: int
     inputs: list[Input]
+    loads: list[tuple[int, int]]
     outputs: list[Output]
     _layouts: dict[int, _Layout] = field(default_factory=dict)
 
@@ -113,51 +102,47 @@ class Tape:
             handles: as from `opened`.
         """
         n = torch.Size(shape).numel()
-        code, starts, ends = self._layout(n)
-        with _lent("buffers", starts[-1], np.uint8) as data:
-            files: list[tuple[int, int, int, int]] = []
+        starts, ends = self._layout(n)
+        with _lent(starts[-1]) as data:
+            firsts = []
             for one, start in zip(self.inputs, starts, strict=False):
                 if isinstance(one.fill, Stored):
-                    files.append((handles[len(files)], one.fill.first(rows), LOADS[one.dtype][1], start))
+                    firsts.append(one.fill.first(rows))
                 else:
                     one.fill(rows, offset, data[start : start + one.size(n)])
             out = np.empty(ends[-1], np.uint8)
-            with _lent("registers", self.registers * machine.WIDTH, np.float32) as room:
-                registers = room[: self.registers * machine.WIDTH].reshape(self.registers, machine.WIDTH)
-                registers[: len(self.constants)] = self.constants[:, None]
-                places = np.array(files, np.int64).reshape(-1, 4)
-                if machine.play(code, registers, data, out, places, n) != machine.SOUND:
-                    return None
-        bytes_out = torch.from_numpy(out)
+            size = {i: n * LOADS[one.dtype][1] for i, one in enumerate(self.inputs)}
+            read = np.array([data.ctypes.data + starts[i] + plane * size[i] for i, plane in self.loads], np.int64)
+            written = np.array(ends[:-1], np.int64) + out.ctypes.data
+            files, bytes_before = np.array(handles, np.int64), np.array(firsts, np.int64)
+            arrays = (read, written, self.constants)
+            found = self.play_all(*(x.ctypes.data for x in arrays), n, files.ctypes.data, bytes_before.ctypes.data)
+            if found != machine.SOUND:
+                return None
+        return self._planes(out, shape, ends)
+
+    def _planes(self, out: Array, shape: tuple[int, ...], ends: Sequence[int]) -> list[Tensor]:
+        """The bytes that came out as tensors."""
+        bytes_out, n = torch.from_numpy(out), torch.Size(shape).numel()
         found, at = [], 0
         for output in self.outputs:
             stored = output.dtype if output.dtype in _STORES else torch.float32
-            end = at + len(output.values)
             planes = bytes_out[ends[at] : ends[at] + len(output.values) * n * stored.itemsize]
             found.append(planes.view(stored).view(*output.prefix, *shape).to(output.dtype))
-            at = end
+            at += len(output.values)
         return found
 
     def _layout(self, n: int) -> _Layout:
-        """For blocks of `n` entries; of inputs in files a strip is held."""
+        """For blocks of `n` entries; of inputs in files a strip is held, planes of one output lie side by side."""
         if n not in self._layouts:
             starts, ends = [0], [0]
             for one in self.inputs:
                 held = min(n, machine.STRIP) if isinstance(one.fill, Stored) else n
                 starts.append(starts[-1] + -(-one.size(held) // _ALIGN) * _ALIGN)
             for output in self.outputs:
-                # planes of one output lie side by side
                 ends += [ends[-1] + (i + 1) * n * _store(output)[1] for i in range(len(output.values))]
                 ends[-1] = -(-ends[-1] // _ALIGN) * _ALIGN
-            code = np.array(self.steps, dtype=np.int64).reshape(-1, 5)
-            for step in code:
-                if step[0] in _LOADING:
-                    one = self.inputs[step[2]]
-                    step[2] = starts[step[2]] + step[3] * n * LOADS[one.dtype][1]
-                    step[3] = isinstance(one.fill, Stored)
-                elif step[0] in _STORING:
-                    step[2] = ends[step[2]]
-            self._layouts[n] = _Layout(code, starts, ends)
+            self._layouts[n] = _Layout(starts, ends)
         return self._layouts[n]
 
 
@@ -166,12 +151,12 @@ def _store(output: Output) -> tuple[int, int]:
 
 
 @contextmanager
-def _lent(kind: str, size: int, dtype: type) -> Iterator[Array]:
-    """Room for at least `size` numbers that this thread had before, if nobody has it now, as a tape inside a tape."""
-    spare: list[Array] = vars(watching).setdefault(kind, [])
-    room = spare.pop() if spare else np.zeros(0, dtype)
+def _lent(size: int) -> Iterator[Array]:
+    """At least so many bytes that this thread had before, if nobody has them now, as a tape inside of a tape would."""
+    spare: list[Array] = vars(watching).setdefault("buffers", [])
+    room = spare.pop() if spare else np.zeros(0, np.uint8)
     if len(room) < size:
-        room = np.zeros(size, dtype)
+        room = np.zeros(size, np.uint8)
     try:
         yield room
     finally:
@@ -181,7 +166,7 @@ def _lent(kind: str, size: int, dtype: type) -> Iterator[Array]:
 def assembled(
     steps: Sequence[Step], constants: Mapping[bytes, int], inputs: Sequence[Input], outputs: Sequence[Output]
 ) -> Tape | None:  # fmt: skip
-    """The tape with what nobody uses left out, and with registers used again once their value is done with.
+    """The tape with what nobody uses left out.
 
     None where nothing is done to what is loaded from storage: copying is not for a machine of numbers, which knows one
     NaN only.
@@ -203,39 +188,33 @@ def assembled(
             needed.append(step)
             used |= set(_reads(step))
     needed.reverse()
-    loaded = list(dict.fromkeys(step.a for step in needed if step.op in _LOADING))
-    if all(step.op in _COPYING for step in needed) and not any(inputs[i].made for i in loaded):
+    loading = [step for step in needed if step.op in _LOADING]
+    used_inputs = list(dict.fromkeys(step.a for step in loading))
+    if all(step.op in _COPYING for step in needed) and not any(inputs[i].made for i in used_inputs):
         return None
-    register = {value: i for i, value in enumerate(constants.values())}
-    pinned = set(register)
-    final = [Step(op, value, i) for i, (op, value) in enumerate(stores)]
-    last: dict[int, int] = {}
-    for i, step in enumerate([*needed, *final]):
-        for value in (step.to,) if i >= len(needed) else _reads(step):
-            last[value] = i
-    free: list[int] = []
-    count = len(constants)
-    laid: list[Step] = []
-    for i, step in enumerate(needed):
-        reads = [register[value] for value in _reads(step)]
-        done = [register[v] for v in set(_reads(step)) if last[v] == i and v not in pinned]
-        if step.op == machine.FINITE:
-            laid.append(Step(step.op, reads[0]))
-            free += done
-            continue
-        if free:
-            to = free.pop()
-        else:
-            to, count = count, count + 1
-        register[step.to] = to
-        free += done  # not before: a loop that writes where it reads is not made a vector loop
-        if step.op in _LOADING:
-            laid.append(Step(step.op, to, loaded.index(step.a), step.b))
-        else:
-            laid.append(Step(step.op, to, *reads))
-    laid += [Step(op, register[value], i) for op, value, i, *_ in final]
-    values = np.frombuffer(b"".join(constants), np.float32)
-    return Tape(laid, values, count, [inputs[i] for i in loaded], list(outputs))
+    # numbered anew, so that tensors which are treated alike have one program: loads, constants, what steps make
+    rest = [step for step in needed if step.op not in _LOADING]
+    made = [step.to for step in rest if step.op != machine.FINITE]
+    known = [value for value in constants.values() if value in used]
+    number = {value: i for i, value in enumerate([*(step.to for step in loading), *known, *made])}
+    renamed = [
+        Step(step.op, number.get(step.to, 0), *(number[value] for value in _reads(step))) for step in rest
+    ]  # fmt: skip
+    loads = [
+        machine.Load(step.op, LOADS[inputs[step.a].dtype][1] if isinstance(inputs[step.a].fill, Stored) else 0)
+        for step in loading
+    ]
+    program = machine.player(
+        tuple(loads), len(known), tuple(renamed), tuple((op, number[value]) for op, value in stores)
+    )
+    values = {value: single for single, value in constants.items()}
+    return Tape(
+        program,
+        np.frombuffer(b"".join(values[value] for value in known), np.float32),
+        [inputs[i] for i in used_inputs],
+        [(used_inputs.index(step.a), step.b) for step in loading],
+        list(outputs),
+    )
 
 
 _OPERANDS = {
