@@ -8,11 +8,12 @@
 It makes a Llama-shaped base of random bfloat16 numbers, in shards, and experts that differ from it as fine-tunes do. In
 a mergekit configuration `{base}`, `{expert1}`, `{expert2}` ... stand for them. Every merge runs in a process of its
 own, twice, and the better run counts. `limit` is the time of reading all its inputs and writing its output with plain
-copies, by as many threads, in the same run; files are in the page cache. `streamed` is a merge without what plain
-copies do not do (hashes, flushing to disk), and its share of the limit is printed, by the clock and by processor time,
-which a busy machine disturbs less; `whole` is all that `save` does, and is compared with mergekit. Start-up (imports)
-is printed once for each tool and is in no other figure; that of numba belongs to it. `private` is
-the highest private memory (`RssAnon`) of the process above what its imports take; files that are mapped do not count.
+copies, by as many threads, in the same run; files are in the page cache, and so is room for the output. `streamed` is
+a merge without what plain copies do not do (hashes, flushing to disk), and its share of the limit is printed, by the
+clock and by processor time, which a busy machine disturbs less; `whole` is all that `save` does, and is compared with
+mergekit. Start-up (imports) is printed once for each tool and is in no other figure; that of numba belongs to it.
+`private` is the highest private memory (`RssAnon`) of the process above what its imports take; files that are mapped do
+not count.
 """
 
 import argparse
@@ -258,7 +259,7 @@ def _compare(name: str, model: Models, arguments: argparse.Namespace) -> Iterato
             f"   moved {moved / 1e9:.2f} GB"
         )
         if arguments.mergekit and text:
-            theirs = _mergekit(text, place, arguments)
+            theirs = _mergekit(text, inputs, place, arguments)
             if theirs is None:
                 line += "   mergekit failed or took too long"
             else:
@@ -285,7 +286,7 @@ def _missing(case: Case) -> str | None:
     return f"it has no option {', '.join(sorted(unknown))}" if unknown else None
 
 
-def _limit(inputs: Sequence[Path], out: Path, threads: int) -> tuple[Figures, int]:
+def _limit(inputs: Sequence[Path], out: Path, threads: int, runs: int = 3) -> tuple[Figures, int]:
     """Reading all files of `inputs` and writing as many bytes as the first has, with plain copies."""
     reads = [(f, at) for p in inputs for f in sorted(p.glob("*.safetensors")) for at in range(0, _size(f), PIECE)]
     size = sum(_size(f) for f in inputs[0].glob("*.safetensors"))
@@ -298,7 +299,7 @@ def _limit(inputs: Sequence[Path], out: Path, threads: int) -> tuple[Figures, in
     buffer = memoryview(bytearray(PIECE))
     best: Figures | None = None
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(3):  # the first also brings the files into the page cache
+        for _ in range(runs):  # the first also brings the files into the page cache
             before, started = _cpu(), time.perf_counter()
             for _ in pool.map(read, reads):
                 pass
@@ -393,6 +394,7 @@ def _worker(job: Mapping[str, Any]) -> dict[str, Any]:
             return write_weights(out, calmerge.add(tvs.base, shared), threads=threads, run=run)
 
     start = time.perf_counter() - started
+    _warm([Path(p) for p in job["inputs"]], Path(job["out"]))
     imported, cpu = private_memory() or 0, _cpu()
     began = time.perf_counter()
     out = Path(job["out"]) / "merged"
@@ -418,10 +420,19 @@ def _yaml(case: Case, model: Models) -> str:
     return json.dumps(config | ({"parameters": dict(case.parameters)} if case.parameters else {}))
 
 
-def _mergekit(text: str, place: Path, arguments: argparse.Namespace) -> Figures | None:
+def _warm(inputs: Sequence[Path], place: Path) -> None:
+    """Bring memory into the state in which `limit` finds it: inputs in the page cache, and room for the output there.
+
+    Where memory that was freed goes back to a host, as in virtual machines, a first write costs several times a second.
+    """
+    _limit(inputs, place, 1, runs=1)
+
+
+def _mergekit(text: str, inputs: Sequence[Path], place: Path, arguments: argparse.Namespace) -> Figures | None:
     """One run of mergekit, without its start-up."""
     config, out = place / "config.yml", place / "theirs"
     config.write_text(text)
+    _warm(inputs, place)
     command = [arguments.mergekit, str(config), str(out), "--quiet", "--no-copy-tokenizer"]
     found = _watched(command, arguments.mergekit_limit, place / "log")
     shutil.rmtree(out, ignore_errors=True)
