@@ -356,8 +356,6 @@ def _worker(job: Mapping[str, Any]) -> dict[str, Any]:
 
     if not job.get("tapes", True):
         _compiled.LARGE = sys.maxsize
-    elif importlib.util.find_spec("numba"):
-        import calmerge._machine  # and with it numba, which belongs to the start-up
 
     class Clock:
         """Adds up what each label took."""
@@ -382,6 +380,8 @@ def _worker(job: Mapping[str, Any]) -> dict[str, Any]:
     else:
         base, *experts = job["inputs"]
         tvs = calmerge.task_vectors(base, {Path(e).name: e for e in experts})
+        if _compiled.usable(tvs.numel):
+            import calmerge._machine  # and with it numba, which belongs to the start-up
 
         def merge(out: Path) -> object:
             delta = METHODS[job["method"]](tvs, **job["options"])
