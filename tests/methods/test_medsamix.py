@@ -1,12 +1,13 @@
 """MedSAMix: the sheet's checks and traps."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from calmerge import FitError, Run, TaskVectors, UsageError, medsamix, slerp, task_vectors, ties
+from calmerge import FitError, MissingExtra, Run, TaskVectors, UsageError, medsamix, slerp, task_vectors, ties
 from calmerge.fitting.search import search, undominated
 from calmerge.methods.medsamix import designs, grouped, merged, space
 
@@ -169,6 +170,13 @@ def test_what_cannot_be_is_refused_before_any_work(toy: Any) -> None:
     ):
         with pytest.raises(UsageError, match=words):
             medsamix(toy.tvs, tasks=toy.tasks, score="expert_kl", budget=2, **options)
+
+
+def test_without_optuna_nothing_is_computed(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setattr(toy.tasks, "logits", None)
+    with pytest.raises(MissingExtra, match="optuna"):
+        medsamix(toy.tvs, tasks=toy.tasks, score="expert_kl", budget=2)
 
 
 def test_groups_may_be_given(toy: Any) -> None:

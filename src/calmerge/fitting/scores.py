@@ -10,6 +10,7 @@ from calmerge._run import Run
 from calmerge._task_vectors import TaskVectors, materialise
 from calmerge._weights import Weights, add
 from calmerge.fitting.objectives import entropy, expert_kl
+from calmerge.fitting.search import require_optuna
 from calmerge.fitting.targets import expert_pools
 from calmerge.tasks.base import Batch, Tasks
 
@@ -35,6 +36,7 @@ def scorer(
 
     Raises:
         DataError: a split that the score needs is missing.
+        MissingExtra: optuna is not installed, without which there is no search.
 
     >>> pool = torch.utils.data.DataLoader(torch.eye(2))
     >>> tasks = calmerge.Tasks(calmerge.ModuleModel(torch.nn.Linear(2, 2, bias=False)), {"a": calmerge.Task(pool)})
@@ -42,6 +44,7 @@ def scorer(
     >>> scorer(tvs, tasks, "expert_kl", examples=2, seed=0, run=Run())(tvs.of("a"))["a"] == 0
     True
     """
+    require_optuna()
     if score == "validation":
         for task in tvs.tasks:
             tasks.split(task, "validation")  # or an error, before any work

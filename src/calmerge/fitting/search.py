@@ -237,11 +237,23 @@ def _grid(space: Space, budget: int) -> Iterator[Mapping[str, Value]]:
         yield dict(zip(space, point, strict=True))
 
 
-def _study(strategy: str, seed: int, objectives: int, budget: int) -> tuple[Any, Any]:
+def require_optuna() -> Any:
+    """The package, asked for before a search has work done for its score.
+
+    Raises:
+        MissingExtra: it is not installed.
+
+    >>> require_optuna().__name__
+    'optuna'
+    """
     try:
-        import optuna
+        return import_module("optuna")
     except ImportError:
         raise MissingExtra("optuna", "search") from None
+
+
+def _study(strategy: str, seed: int, objectives: int, budget: int) -> tuple[Any, Any]:
+    optuna = require_optuna()
     samplers, seed = optuna.samplers, seed % 2**32  # numpy's generators take no more
     population = max(4, min(50, budget // 4))
     make: dict[str, Callable[[], Any]] = {
