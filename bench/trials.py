@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -29,6 +29,7 @@ from calmerge._yaml import Data
 from calmerge.league import merge_pipe
 from calmerge.suites.suite import load_suite
 from calmerge.tasks.base import Examples, Outputs, Tasks
+from calmerge.tasks.mixing import mixed
 from calmerge.tasks.serving import serving
 
 PIPES: Mapping[str, Data] = {
@@ -56,6 +57,7 @@ class Trial:
         bad: what is wrong with the first and the fifth expert: `half` (moved half-way back to the base) or `loud`
             (its head, and so every model under it, gives logits times 4).
         longer: how many times the suite's updates.
+        mix: how many times the pools are learned from, by mixtures; 0 leaves it to the method.
     """
 
     suite: str
@@ -66,6 +68,7 @@ class Trial:
     tasks: int = 0
     bad: str = ""
     longer: int = 1
+    mix: int = 0
 
     @property
     def key(self) -> str:
@@ -85,16 +88,19 @@ def _run(bench: Bench, trial: Trial) -> dict[str, Any]:
     tvs = bench.tvs.only(names)
     tasks = Tasks(bench.tasks.model, {name: bench.tasks[name] for name in names}, autocast=bench.tasks.autocast)
     if trial.pool:
-        few = {name: replace(task, pool=First(tasks.split(name, "pool"), trial.pool)) for name, task in tasks.items()}
-        tasks = Tasks(tasks.model, few, autocast=tasks.autocast)
+        tasks = tasks.with_pools({name: First(tasks.split(name, "pool"), trial.pool) for name in names})
     if trial.bad == "half":
         tvs = weakened(tvs, bad)
     elif trial.bad == "loud":
         tasks = tasks.with_model(Loud(tasks.model, bad))
     pipe: Any = filled(PIPES[trial.method], load_suite(trial.suite).methods)
+    (options,) = pipe[0].values()
     if trial.longer != 1:
-        (options,) = pipe[0].values()
         options["steps"] *= trial.longer
+    if trial.mix and trial.method == "calm_joint":
+        options["mix"] = trial.mix
+    elif trial.mix:
+        tasks = mixed(tasks, trial.mix, seed=trial.seed)
     if trial.order is not None:
         drawn = [names[i] for i in permutation(len(names), trial.order, "order").tolist()]
         pipe[0]["calm"]["groups"] = [drawn[:-2], [drawn[-2]], [drawn[-1]]]
@@ -177,6 +183,14 @@ def pools(suite: str) -> Iterator[Trial]:
                 yield Trial(suite, method, seed, pool=n)
 
 
+def mixing(suite: str) -> Iterator[Trial]:
+    """Whether mixtures help, `calm_joint` and distillation: the pool alone, and eight times its size; vision's seeds."""
+    for seed in range(3 if suite == "vision" else 1):
+        for method in LEARNING[1:]:
+            for mix in (1, 8):
+                yield Trial(suite, method, seed, mix=mix)
+
+
 def bad_experts(suite: str) -> Iterator[Trial]:
     """E4: two experts of eight half trained, or over-confident; beside it nothing wrong."""
     for bad in ("", "half", "loud"):
@@ -224,6 +238,7 @@ DESIGNS = {
     "wudis": wudis,
     "orders": orders,
     "pools": pools,
+    "mixing": mixing,
     "bad_experts": bad_experts,
     "heads": heads,
     "counts": counts,

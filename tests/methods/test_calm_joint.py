@@ -1,11 +1,15 @@
 """The joint CALM: what it keeps of CALM, and what it does better, on the toy problem."""
 
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
 
-from calmerge import Run, calm_joint, task_arithmetic, tsv_m
+from calmerge import Run, UsageError, calm_joint, task_arithmetic, tsv_m
 from calmerge.fitting import expert_kl
 from calmerge.fitting.targets import expert_pools
 from calmerge.tasks.base import Batch
@@ -47,12 +51,18 @@ def test_the_order_of_tasks_decides_nothing(toy: Any) -> None:
         torch.testing.assert_close(first[n], again[n], rtol=0, atol=1e-3)
 
 
-def test_an_update_that_does_not_generalise_is_not_kept(toy: Any) -> None:
-    run = Run()
-    ours = calm_joint(toy.tvs, tasks=toy.tasks, steps=30, lr=30.0, hold_out=0.3, run=run)
-    start = tsv_m(toy.tvs)
-    assert all(torch.equal(ours[n], start[n]) for n in ours)
-    assert run.trace["calm_joint"].held_out[0] == min(run.trace["calm_joint"].held_out)
+def test_experts_are_asked_of_mixtures_too(toy: Any, tmp_path: Path) -> None:
+    for mix in (1, 4):
+        calm_joint(toy.tvs, tasks=toy.tasks, steps=1, mix=mix, run=Run(folder=tmp_path / f"{mix}"))
+        asked = load_file(tmp_path / f"{mix}" / "logits-d.safetensors")["logits"]
+        assert asked.shape == (mix * 30, 4)
+        torch.testing.assert_close(asked[:30], toy.tasks.logits(toy.tvs.expert("d"), "d"))
+
+
+def test_targets_of_another_draw_are_refused(toy: Any, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        with nullcontext() if seed == 0 else pytest.raises(UsageError, match="state of another run"):
+            calm_joint(toy.tvs, tasks=toy.tasks, steps=0, seed=seed, run=Run(folder=tmp_path))
 
 
 def test_it_composes_with_any_start(toy: Any) -> None:

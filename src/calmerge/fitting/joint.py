@@ -31,8 +31,8 @@ class Schedule(NamedTuple):
     steps: int
     lr: float
     batch: int
-    hold_out: float
-    seed: int
+    hold_out: float = 0.0
+    seed: int = 0
     balance: bool = False
 
 

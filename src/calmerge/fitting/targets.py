@@ -35,7 +35,8 @@ def expert_logits(tvs: TaskVectors, tasks: Tasks, task: str, run: Run | None = N
     """What the task's own expert says of its pool: logits [n, classes]; kept in the state folder where there is one."""
     run = run or Run()
     file = run.folder / f"logits-{task}.safetensors" if run.folder else None
-    key = f"{tvs.experts[task].fingerprint} {len(tasks.split(task, 'pool'))}"
+    pool = tasks.split(task, "pool")
+    key = f"{tvs.experts[task].fingerprint} {len(pool)} {getattr(pool, 'fingerprint', '')}"
     if file and file.is_file():
         return _kept_logits(file, key)
     logits = tasks.logits(tvs.expert(task), task)

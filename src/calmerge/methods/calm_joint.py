@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from calmerge._run import Run
-from calmerge._signature import Count, Fraction, Interval, Positive, Seed, check, raise_together
+from calmerge._signature import Count, Interval, Positive, Seed, check, raise_together
 from calmerge._task_vectors import Merge, TaskVectors, materialise
 from calmerge._weights import Weights
 from calmerge.fitting.joint import Schedule, fit_jointly
@@ -12,6 +12,7 @@ from calmerge.fitting.parametrise import reach, span
 from calmerge.fitting.targets import expert_pools
 from calmerge.methods.tsv_m import tsv_m
 from calmerge.tasks.base import Tasks
+from calmerge.tasks.mixing import mixed
 
 
 def calm_joint(
@@ -22,20 +23,21 @@ def calm_joint(
     steps: Annotated[int, Interval(0)] = 300,
     lr: Positive = 0.03,
     batch: Count = 16,
-    hold_out: Fraction = 0.2,
+    mix: Count = 8,
     seed: Seed = 0,
     run: Run | None = None,
 ) -> Weights:
     """A spectral merge moved, within reach of the experts, to where all of them agree with it at once.
 
     theta = theta_0 + tau_s + u r,  r = sum_t |tau_t|, tau_s the start's merge, u = 0 at first;
-    minimise over u  sum_t (1 / L_t(0)) 4 KL(softmax(z_t(x) / 2) || softmax(z(x) / 2))  on unlabelled x of every task,
-    z_t the logits of the task's own expert and L_t(0) the task's loss at the start, so that a task which is near its
-    expert is not given up for one that is far.
+    minimise over u  sum_t (1 / L_t(0)) 4 KL(softmax(z_t(x) / 2) || softmax(z(x) / 2))  on unlabelled x of every task
+    and on mixtures of two of them, z_t the logits of the task's own expert and L_t(0) the task's loss at the start, so
+    that a task which is near its expert is not given up for one that is far.
 
     What it keeps of CALM: one model that all tasks consent to, frozen heads, unlabelled inputs, entries that no expert
     moved stay the base's. What differs: no order of tasks, soft targets of the experts instead of hard labels, one
-    number for each entry instead of a mask for each task, and a start from which less is left to mend.
+    number for each entry instead of a mask for each task, a start from which less is left to mend, and mixtures, of
+    which an expert can be asked as of any input, so that few inputs are not learned by heart.
 
     Args:
         tvs: task vectors of T experts.
@@ -44,15 +46,15 @@ def calm_joint(
         steps: updates with Adam at most; its step size falls to 0 along a cosine.
         lr: the step size at first, in units of the reach r of every entry: no entry's scale decides.
         batch: inputs of every task in each update.
-        hold_out: share of every pool on which, without labels, the best update is chosen; 0 takes the last.
-        seed: with the task and the update it decides which inputs are drawn.
+        mix: how many times the pool's size is learned from, by mixtures (`calmerge.tasks.mixing`); 1 is the pool alone.
+        seed: with the task and the update it decides which inputs are drawn, and with their number what is mixed.
         run: progress, resumable state, and the trace.
 
     Held in memory: theta, its gradient, the start, the reach, u and Adam's two moments: seven times the merged tensors,
-    eight with `hold_out`, whatever the number of experts.
+    whatever the number of experts.
 
     Raises:
-        DataError: a task of `tvs` has no pool, or one too small for `hold_out`.
+        DataError: a task of `tvs` has no pool, or one whose inputs cannot be mixed.
         FitError: a loss is not finite.
 
     >>> import inspect
@@ -62,15 +64,15 @@ def calm_joint(
     Source: calmerge's own, after Yan, Xu, Jia, Zhang et al., "CALM: Consensus-Aware Localized Merging for Multi-Task
     Learning", ICML 2025. A candidate: docs/experiments tells what its parts have been shown to bring, and what not yet.
     """
-    options = {"steps": steps, "lr": lr, "batch": batch, "hold_out": hold_out, "seed": seed}
+    options = {"steps": steps, "lr": lr, "batch": batch, "mix": mix, "seed": seed}
     raise_together(check(calm_joint, {"tasks": tasks, **options}))
-    tvs = tvs.to(tasks.device)
+    tvs, tasks = tvs.to(tasks.device), mixed(tasks, mix, seed=seed)
     start = materialise((inner or tsv_m)(tvs))
     return fit_jointly(
         span(start, materialise(reach(tvs))),
         expert_kl,
         expert_pools(tvs, tasks, run=run),
-        Schedule(steps, lr, batch, hold_out, seed, balance=True),
+        Schedule(steps, lr, batch, seed=seed, balance=True),
         tvs=tvs,
         tasks=tasks,
         run=run,

@@ -1,7 +1,7 @@
 """A model and its tasks: the only door through which methods reach data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -133,6 +133,11 @@ class Tasks(Mapping[str, Task]):
     def with_model(self, model: Model) -> "Tasks":
         """The same tasks for another model, such as one whose inputs are disturbed."""
         return Tasks(model, self._tasks, batch=self.batch, device=self.device, autocast=self.autocast)
+
+    def with_pools(self, pools: "Mapping[str, Examples | DataLoader[Any]]") -> "Tasks":
+        """The same model and tasks with other unlabelled examples, of those tasks that are named."""
+        tasks = {name: replace(task, pool=pools.get(name, task.pool)) for name, task in self._tasks.items()}
+        return Tasks(self.model, tasks, batch=self.batch, device=self.device, autocast=self.autocast)
 
     def __getitem__(self, name: str) -> Task:
         if name not in self._tasks:
