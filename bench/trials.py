@@ -184,7 +184,7 @@ def pools(suite: str) -> Iterator[Trial]:
 
 
 def mixing(suite: str) -> Iterator[Trial]:
-    """Whether mixtures help, `calm_joint` and distillation: the pool alone, and eight times its size; vision's seeds."""
+    """Whether mixtures help `calm_joint` and distillation: the pool alone, or eight times its size."""
     for seed in range(3 if suite == "vision" else 1):
         for method in LEARNING[1:]:
             for mix in (1, 8):

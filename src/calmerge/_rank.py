@@ -26,7 +26,7 @@ from calmerge._weights import ALL, Weights, row_size
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _GATHERED = 1 << 22  # magnitudes taken along at most, over all tasks: 16 MB
-_COUNTERS = 1 << 20  # bins at most, over all tasks
+_COUNTERS = 1 << 18  # bins at most, over all tasks
 _INFINITY = 0x7F800000  # its bits; those of NaN are above
 _PROBE = 1 << 12  # entries of one block of the sample
 _MARGIN = 4.0  # standard errors
@@ -165,6 +165,7 @@ def _sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> list[Bracket
     names = list(weights.specs)
     ends = list(accumulate(weights.specs[name].numel for name in names))
     count = min(max(numel >> 17, 16), 256)
+    probe = max(_PROBE // max(1, tasks // 4), 1 << 9)  # many tasks' blocks are large in sum
     places = (torch.arange(count) + uniform((count,), "sample of magnitudes").double()) * (numel / count)
     blocks = []
     for place in places.tolist():
@@ -172,10 +173,10 @@ def _sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> list[Bracket
         spec = weights.specs[names[at]]
         rows = ALL
         if spec.shape:
-            most = min(spec.shape[0], max(1, _PROBE // row_size(spec)))
+            most = min(spec.shape[0], max(1, probe // row_size(spec)))
             first = (int(place) - ends[at] + spec.numel) // row_size(spec)
             rows = slice(min(first, spec.shape[0] - most), min(first, spec.shape[0] - most) + most)
-        blocks.append(_magnitudes(weights.read(names[at], rows), tasks))
+        blocks.append(_magnitudes(weights.read(names[at], rows), tasks)[:, :probe].copy())
     return [_bracket([block[t] for block in blocks], ranks[t], numel) for t in range(tasks)]
 
 
