@@ -58,6 +58,7 @@ class Trial:
             (its head, and so every model under it, gives logits times 4).
         longer: how many times the suite's updates.
         mix: how many times the pools are learned from, by mixtures; 0 leaves it to the method.
+        portions: in how many parts every batch of the suite is taken, with an update for each.
     """
 
     suite: str
@@ -69,6 +70,7 @@ class Trial:
     bad: str = ""
     longer: int = 1
     mix: int = 0
+    portions: int = 1
 
     @property
     def key(self) -> str:
@@ -95,8 +97,9 @@ def _run(bench: Bench, trial: Trial) -> dict[str, Any]:
         tasks = tasks.with_model(Loud(tasks.model, bad))
     pipe: Any = filled(PIPES[trial.method], load_suite(trial.suite).methods)
     (options,) = pipe[0].values()
-    if trial.longer != 1:
-        options["steps"] *= trial.longer
+    if trial.longer != 1 or trial.portions != 1:
+        options["steps"] *= trial.longer * trial.portions
+        options["batch"] //= trial.portions
     if trial.mix and trial.method == "calm_joint":
         options["mix"] = trial.mix
     elif trial.mix:
@@ -191,6 +194,15 @@ def mixing(suite: str) -> Iterator[Trial]:
                 yield Trial(suite, method, seed, mix=mix)
 
 
+def portions(suite: str) -> Iterator[Trial]:
+    """The same examples in smaller batches and so more updates, with mixtures and without."""
+    for seed in range(3 if suite == "vision" else 1):
+        for n in (2, 4) if suite == "vision" else (2,):
+            for mix in (1, 8):
+                yield Trial(suite, "calm_joint", seed, mix=mix, portions=n)
+            yield Trial(suite, "distillation_tsv_m", seed, mix=1, portions=n)
+
+
 def bad_experts(suite: str) -> Iterator[Trial]:
     """E4: two experts of eight half trained, or over-confident; beside it nothing wrong."""
     for bad in ("", "half", "loud"):
@@ -239,6 +251,7 @@ DESIGNS = {
     "orders": orders,
     "pools": pools,
     "mixing": mixing,
+    "portions": portions,
     "bad_experts": bad_experts,
     "heads": heads,
     "counts": counts,
