@@ -197,6 +197,20 @@ def test_a_gradient_that_is_not_finite_names_update_and_parameter() -> None:
         fit(scaled, START, gradient, base=BASE, optimizer=SGD, steps=5)
 
 
+def test_a_fit_that_fails_keeps_its_last_good_state(tmp_path: Path) -> None:
+    def gradient(theta: Mapping[str, Tensor], step: int) -> dict[str, float]:
+        (theta["w"].sum() * (float("nan") if step == 2 else 1.0)).backward()
+        return {"toy": 0.0}
+
+    run = Run(folder=tmp_path)
+    with pytest.raises(FitError, match="update 3"):
+        fit(scaled, START, gradient, base=BASE, optimizer=SGD, steps=5, run=run)
+    two = fit(scaled, START, gradient, base=BASE, optimizer=SGD, steps=2)
+    kept = torch.load(tmp_path / "fitting.state.pt", weights_only=True)
+    assert kept["step"] == 2
+    assert torch.equal(kept["params"]["scale"], two.params["scale"])
+
+
 def test_large_finite_gradients_that_overflow_only_in_their_sum_are_fine() -> None:
     def gradient(theta: Mapping[str, Tensor], step: int) -> dict[str, float]:
         theta["w"].grad = torch.full((2,), 2e38)

@@ -168,3 +168,11 @@ def test_lower_precision_is_asked_for_and_gradients_stay_float32() -> None:
     assert tasks.logits(theta, "a")[0, 0].item() == 1.0
     tasks.gradient(pseudo_label, lambda step: iter([Batch("a", torch.tensor([0]), torch.tensor([1]))]))(theta, 0)
     assert theta["w"].grad.dtype == torch.float32
+
+
+def test_a_model_that_fails_is_named_with_its_task() -> None:
+    tasks = problem(cars=Task(Examples(X)))
+    with pytest.raises(DataError, match=r"task 'cars': the model fails on its inputs .*: RuntimeError: mat1 and mat2"):
+        tasks.logits({"w": torch.ones(5, 2)}, "cars")
+    with pytest.raises(DataError, match="KeyError: 'w'"):
+        tasks.gradient(pseudo_label, lambda step: iter([Batch("cars", torch.tensor([0]))]))({}, 0)

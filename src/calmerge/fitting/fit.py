@@ -166,9 +166,14 @@ def fit(
             write(theta, base, delta)
             if best and best.done(theta, step):
                 break
-            losses = gradient(theta, step)
-            pull_back(delta, theta, params, penalty)
-            _check(params, step)
+            try:
+                losses = gradient(theta, step)
+                pull_back(delta, theta, params, penalty)
+                _check(params, step)
+            except FitError:
+                if state and before is None:  # what came before is kept, unless an inner problem has moved on already
+                    _save(state, key, params, stateful, fitted, step)
+                raise
             for group, lr in zip(optim.param_groups, rates, strict=True):
                 group["lr"] = lr * (schedule(step) if schedule else 1.0)
             optim.step()

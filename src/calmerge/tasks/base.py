@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from calmerge._errors import DataError, FitError, UsageError, did_you_mean
+from calmerge._errors import CalmergeError, DataError, FitError, UsageError, did_you_mean
 from calmerge._run import Run
 from calmerge.report.results import Score
 from calmerge.tasks.data import from_loader
@@ -236,8 +236,13 @@ class Tasks(Mapping[str, Task]):
         return at
 
     def forward(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Tensor:
-        """Class scores of one batch of inputs, float32, with a graph where the weights have one."""
-        return self._forward(weights, inputs, task).float()
+        """Class scores of one batch of inputs, float32, with a graph where the weights have one.
+
+        Raises:
+            DataError: the model fails.
+        """
+        found: Tensor = self._called(self.model.logits, weights, inputs, task)
+        return found.float()
 
     def loss(
         self, objective: Objective, weights: Mapping[str, Tensor], batches: Iterable[Batch], *, features: bool = False
@@ -304,10 +309,8 @@ class Tasks(Mapping[str, Task]):
     def _outputs(self, weights: Mapping[str, Tensor], inputs: Any, task: str, features: bool) -> Any:
         """Logits, or logits and features, in float32."""
         if not features:
-            return self._forward(weights, inputs, task).float()
-        model = told(self.model)
-        with self.precision():
-            found = model.outputs(weights, _moved(inputs, self.device), task)
+            return self.forward(weights, inputs, task)
+        found = self._called(told(self.model).outputs, weights, inputs, task)
         return Outputs(found.logits.float(), found.features.float())
 
     def precision(self) -> torch.autocast:
@@ -316,9 +319,17 @@ class Tasks(Mapping[str, Task]):
             self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
         )
 
-    def _forward(self, weights: Mapping[str, Tensor], inputs: Any, task: str) -> Tensor:
-        with self.precision():
-            return self.model.logits(weights, _moved(inputs, self.device), task)
+    def _called(self, model: Callable[..., Any], weights: Mapping[str, Tensor], inputs: Any, task: str) -> Any:
+        try:
+            with self.precision():
+                return model(weights, _moved(inputs, self.device), task)
+        except CalmergeError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"task '{task}': the model fails on its inputs with these weights: {type(error).__name__}: {error} "
+                "Do the weights and the inputs belong to this model? Try it on the base alone."
+            ) from error
 
 
 def _moved(inputs: Any, device: torch.device) -> Any:
