@@ -17,7 +17,7 @@ from torch import Tensor
 from calmerge._compiled import usable
 from calmerge._passes import Fold as Fold
 from calmerge._passes import Pass as Pass
-from calmerge._passes import Spread, run_passes
+from calmerge._passes import Spread, added, run_passes
 from calmerge._passes import ahead as ahead
 from calmerge._passes import workers as workers
 from calmerge._passes import worthwhile as worthwhile
@@ -99,6 +99,24 @@ def total(weights: Weights, fn: Callable[[Tensor], Tensor]) -> Measure:
 
     def rounds() -> Generator[Pass, Tensor, Tensor]:
         return (yield lambda w, site: fn(w).to(torch.float64))
+
+    return Measure((weights,), rounds, passes=1)
+
+
+def count(weights: Weights, fn: Callable[[Tensor], Tensor]) -> Measure:
+    """The sum over all blocks of `fn(block)`, whole numbers below 2^53, for which the blocks' size makes no difference.
+
+    Args:
+        weights: any weights; task vectors hand `fn` blocks of shape [T, rows, ...].
+        fn: from one block to a tensor of counts, of the same shape for every block.
+
+    >>> from calmerge import StateDict
+    >>> count(StateDict({"a": torch.tensor([3.0, 0.0])}), torch.count_nonzero).value()
+    tensor(1., dtype=torch.float64)
+    """
+
+    def rounds() -> Generator[Pass, Tensor, Tensor]:
+        return (yield Fold(lambda w, site: fn(w).to(torch.float64), added))
 
     return Measure((weights,), rounds, passes=1)
 

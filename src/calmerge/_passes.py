@@ -20,6 +20,7 @@ from calmerge._reader import Reader
 from calmerge._run import Run
 from calmerge._weights import Node, Stretch, Weights, entries, site_of, stretches
 
+_TOGETHER = 4  # blocks that may come as one: their results take no more room than what torch holds for one block
 _TINY = 2**13  # entries of a tensor that take less time than the Python around them
 A = TypeVar("A")
 B = TypeVar("B")
@@ -27,7 +28,7 @@ B = TypeVar("B")
 
 @dataclass(frozen=True)
 class Fold:
-    """A pass whose partial results are put together by `add`.
+    """A pass whose partial results are put together by `add`; what comes out must not depend on the blocks' size.
 
     Args:
         part: from the blocks of a measure's inputs (and its settled measures) and their `Site` to a partial result.
@@ -39,7 +40,8 @@ class Fold:
 
 
 Pass = Callable[..., Tensor] | Fold
-"""A fold, or a function from blocks and their `Site` to partial sums of one shape, which are added."""
+"""A fold, or a function from blocks and their `Site` to partial sums of one shape, which are added and may be rounded.
+"""
 
 
 class Spread(Protocol):
@@ -62,13 +64,14 @@ def run_passes(
     """
     inputs = [n for nodes, _ in work for n in nodes if isinstance(n, Weights)]
     weights = next((w for w in inputs if not w.elementwise), inputs[0])
-    folds = [one if isinstance(one, Fold) else Fold(one, _sum) for _, one in work]
+    folds = [one if isinstance(one, Fold) else Fold(one, added) for _, one in work]
+    together = _TOGETHER if all(isinstance(one, Fold) for _, one in work) else 1
     reader = Reader([node for nodes, _ in work for node in nodes], taping=taping)
 
     def parts(stretch: Stretch) -> tuple[int, list[list[Any]]]:
         n, found = 0, []
         for name, blocks in stretch:
-            for rows, tensors in reader.each(name, blocks):  # in order, and of one size: float sums depend on both
+            for rows, tensors in reader.each(name, blocks, together=together):  # in order: rounded sums depend on it
                 site, values = site_of(weights, name, rows), iter(tensors)
                 n += entries(weights, name, rows)
                 found.append([
@@ -86,7 +89,8 @@ def run_passes(
     return [torch.zeros((), dtype=torch.float64) if found is None else found for found in results]
 
 
-def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+def added(total: Tensor | None, part: Tensor) -> Tensor:
+    """The sum of partial sums."""
     part = part.cpu()
     return part if total is None else total + part
 

@@ -44,23 +44,22 @@ class Reader:
         """What each node is at some rows of a tensor."""
         return next(self.each(name, [rows]))[1]
 
-    def each(
-        self, name: str, blocks: Sequence[slice], *, together: bool = False
-    ) -> Iterator[tuple[slice, list[Tensor]]]:
+    def each(self, name: str, blocks: Sequence[slice], *, together: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
         """What each node is at several blocks of a tensor, one after the other, with the rows.
 
         Args:
             name: of the tensor.
             blocks: rows that follow each other.
-            together: whether they may come as one where that is quicker, as of a tape that computes nothing first.
+            together: how many may come as one where that is quicker, as of a tape that computes nothing first.
         """
         tape = self._tape(name)
         if tape is None:
             for rows in blocks:
                 yield rows, self._by_torch(name, rows)
             return
-        if together and tape.streams and len(blocks) > 1:
-            blocks = [slice(blocks[0].start, blocks[-1].stop)]
+        if tape.streams:
+            few = [blocks[i : i + together] for i in range(0, len(blocks), together)]
+            blocks = [one[0] if len(one) == 1 else slice(one[0].start, one[-1].stop) for one in few]
         with tape.opened() as handles:
             for rows in blocks:
                 site = site_of(self._lead, name, rows)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from calmerge._errors import CheckpointError
-from calmerge._measure import settle, total
+from calmerge._measure import count, settle
 from calmerge._run import Run
 from calmerge._signature import raise_together
 from calmerge._task_vectors import TaskVectors
@@ -43,7 +43,7 @@ def check_values(tvs: TaskVectors, *, run: Run | None = None) -> None:
 
 def _of(whose: str, weights: Weights, run: Run) -> Iterator[str]:
     numbers = {
-        name: total(weights.only_names([name]), _counts)
+        name: count(weights.only_names([name]), _counts)
         for name, spec in weights.specs.items()
         if spec.dtype.is_floating_point and spec.numel
     }

@@ -253,7 +253,7 @@ def _write_files(
             for name, blocks in stretch:
                 spec = weights.specs[name]
                 row_bytes = spec.nbytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
-                for rows, tensors in reader.each(name, blocks, together=True):
+                for rows, tensors in reader.each(name, blocks, together=len(blocks)):
                     start = len(head) + starts[name] + (rows.start or 0) * row_bytes
                     for handle, tensor in zip(handles, tensors, strict=True):
                         view, at = _raw(tensor), start

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from calmerge._measure import per_tensor, total
+from calmerge._measure import count, per_tensor
 from calmerge._signature import NonNegative, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
@@ -63,7 +63,7 @@ def ram_plus(
         factor = 1 + rate * (counts[0] / counts[1].clamp(min=1)).clamp(max=most)
         return _mean_of(tau.where(changed.sum(0) > 1, tau * per_task(factor, tau)), changed)
 
-    return tvs.reduce(boosted, per_tensor(tvs, lambda one: total(one, counted)))
+    return tvs.reduce(boosted, per_tensor(tvs, lambda one: count(one, counted)))
 
 
 def _mean_of(tau: Tensor, changed: Tensor) -> Tensor:

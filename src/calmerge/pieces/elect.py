@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calmerge._measure import total
+from calmerge._measure import count, total
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.blend import per_task, summed
@@ -37,7 +37,7 @@ def elect(tvs: TaskVectors, *, by: Literal["mass", "normmass", "normfrac"] = "ma
         shares = tvs.transform(_shares, norms)
         choose = summed if by == "normmass" else _furthest
         signs = shares.reduce(lambda share, site: choose(share).sign())
-    majority = total(signs, _count)
+    majority = count(signs, _count)
 
     def settled(sign: Tensor, majority: Tensor, site: Site) -> Tensor:
         return (sign + majority.sign().to(sign) / 2).sign()  # the half decides only where there is no sign

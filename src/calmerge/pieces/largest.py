@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from calmerge._compiled import kernels
-from calmerge._measure import Fold, Measure, Pass, PerTensor, kth_magnitude, total
+from calmerge._measure import Fold, Measure, Pass, PerTensor, count, kth_magnitude
 from calmerge._task_vectors import TaskVectors
 from calmerge._watch import leaf, recording
 from calmerge._weights import ALL, Site, Weights
@@ -113,7 +113,7 @@ def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
         return Measure((weights,), lambda: _at_once(tasks, counts), passes=1)
     number: Measure | None = None
     if isinstance(counts, float):
-        varying = total(weights, lambda block: torch.count_nonzero(block.reshape(tasks, -1), 1))
+        varying = count(weights, lambda block: torch.count_nonzero(block.reshape(tasks, -1), 1))
         number = varying.map(lambda m: (m * counts).floor().long())
         threshold = kth_magnitude(weights, number.map(lambda k: (n + 1 - k).clamp(1, n)))
     else:
