@@ -58,7 +58,7 @@ class Trial:
             (its head, and so every model under it, gives logits times 4).
         longer: how many times the suite's updates.
         mix: how many times the pools are learned from, by mixtures; 0 leaves it to the method.
-        portions: in how many parts every batch of the suite is taken, with an update for each.
+        batch: inputs of a task in each update, and as many updates as see the suite's number of examples; 0 for its own.
     """
 
     suite: str
@@ -70,7 +70,7 @@ class Trial:
     bad: str = ""
     longer: int = 1
     mix: int = 0
-    portions: int = 1
+    batch: int = 0
 
     @property
     def key(self) -> str:
@@ -97,9 +97,10 @@ def _run(bench: Bench, trial: Trial) -> dict[str, Any]:
         tasks = tasks.with_model(Loud(tasks.model, bad))
     pipe: Any = filled(PIPES[trial.method], load_suite(trial.suite).methods)
     (options,) = pipe[0].values()
-    if trial.longer != 1 or trial.portions != 1:
-        options["steps"] *= trial.longer * trial.portions
-        options["batch"] //= trial.portions
+    if trial.longer != 1:
+        options["steps"] *= trial.longer
+    if trial.batch:
+        options |= {"steps": options["steps"] * options["batch"] // trial.batch, "batch": trial.batch}
     if trial.mix and trial.method == "calm_joint":
         options["mix"] = trial.mix
     elif trial.mix:
@@ -194,13 +195,12 @@ def mixing(suite: str) -> Iterator[Trial]:
                 yield Trial(suite, method, seed, mix=mix)
 
 
-def portions(suite: str) -> Iterator[Trial]:
-    """The same examples in smaller batches and so more updates, with mixtures and without."""
+def batches(suite: str) -> Iterator[Trial]:
+    """The same examples in batches of 32, 16 and 8, and so more and more updates."""
     for seed in range(3 if suite == "vision" else 1):
-        for n in (2, 4) if suite == "vision" else (2,):
-            for mix in (1, 8):
-                yield Trial(suite, "calm_joint", seed, mix=mix, portions=n)
-            yield Trial(suite, "distillation_tsv_m", seed, mix=1, portions=n)
+        for size in (32, 16, 8) if suite == "vision" else (16, 8):
+            for method in LEARNING[1:]:
+                yield Trial(suite, method, seed, mix=1, batch=size if size != 16 else 0)
 
 
 def bad_experts(suite: str) -> Iterator[Trial]:
@@ -235,7 +235,7 @@ def rates(suite: str) -> Iterator[Trial]:
     """The suite's step size of distillation against 1e-3, within the league's own budget and pools."""
     for seed in range(2):
         for method in ("distillation_tsv_m", "distillation_fast"):
-            yield Trial(suite, method, seed)
+            yield Trial(suite, method, seed, batch=32 if suite == "vision" else 0)
 
 
 def wudis(suite: str) -> Iterator[Trial]:
@@ -251,7 +251,7 @@ DESIGNS = {
     "orders": orders,
     "pools": pools,
     "mixing": mixing,
-    "portions": portions,
+    "batches": batches,
     "bad_experts": bad_experts,
     "heads": heads,
     "counts": counts,
