@@ -58,7 +58,7 @@ class Trial:
             (its head, and so every model under it, gives logits times 4).
         longer: how many times the suite's updates.
         mix: how many times the pools are learned from, by mixtures; 0 leaves it to the method.
-        batch: inputs of a task in each update, and as many updates as see the suite's number of examples; 0 for its own.
+        batch: inputs of a task in each update, with updates for as many examples as the suite says; 0 for its own.
     """
 
     suite: str
