@@ -76,31 +76,52 @@ def _counted(bits: Array, low: Any, high: Any) -> tuple[int, int]:
 
 
 @compiled()
-def less_than_one(x: Array, limit: int, z: Array) -> int:
-    """Whether each is less than a limit; not 0 if one is equal to it.
+def less_than_one(x: Array, limit: int, z: Array, equal: Array) -> int:
+    """Whether each is less than a limit; how many are equal to it.
 
     Args:
         x: uint16 [n].
         limit: uint16.
         z: uint8 [n].
+        equal: int64 [most]; the places of the first of those.
     """
-    equal = np.uint16(0)
-    for i in range(x.size):
-        z[i] = x[i] < limit
-    for i in range(x.size):
-        equal |= np.uint16(x[i] == limit)
-    return equal  # type: ignore[return-value]
+    found = 0
+    for begin in range(0, x.size, _FEW):
+        some, flags, any = x[begin : begin + _FEW], z[begin : begin + _FEW], np.uint16(0)
+        for i in range(some.size):
+            flags[i] = some[i] < limit
+        for i in range(some.size):
+            any |= np.uint16(some[i] == limit)
+        if any:
+            for i in range(some.size):
+                if some[i] == limit:
+                    found = _noted(equal, found, begin + i)
+    return found
 
 
 @compiled()
-def less(x: Array, limits: Array, z: Array) -> int:
+def less(x: Array, limits: Array, z: Array, equal: Array) -> int:
     """As `less_than_one`, with a limit for each."""
-    equal = np.uint16(0)
-    for i in range(x.size):
-        z[i] = x[i] < limits[i]
-    for i in range(x.size):
-        equal |= np.uint16(x[i] == limits[i])
-    return equal  # type: ignore[return-value]
+    found = 0
+    for begin in range(0, x.size, _FEW):
+        some, flags, any = x[begin : begin + _FEW], z[begin : begin + _FEW], np.uint16(0)
+        bounds = limits[begin : begin + _FEW]
+        for i in range(some.size):
+            flags[i] = some[i] < bounds[i]
+        for i in range(some.size):
+            any |= np.uint16(some[i] == bounds[i])
+        if any:
+            for i in range(some.size):
+                if some[i] == bounds[i]:
+                    found = _noted(equal, found, begin + i)
+    return found
+
+
+@compiled()
+def _noted(places: Array, found: int, place: int) -> int:
+    if found < places.size:
+        places[found] = place
+    return found + 1
 
 
 @compiled()
@@ -134,7 +155,7 @@ def between(rows: Array, first: int, last: int, out: Array) -> None:
         last: another.
         out: float32 [rows, n].
     """
-    counts, some = np.empty((2, 2048), np.int32), np.empty(rows.shape[1], np.int32)
+    counts, some = np.empty((2, 2048), np.int32), np.empty(rows.shape[1] + 1, np.int32)
     for r in range(rows.shape[0]):
         bits = rows[r].view(np.int32)
         _count_bins(bits, counts)
@@ -166,12 +187,11 @@ def _nth(bits: Array, counts: Array, some: Array, rank: int) -> int:
     while before + counts[0, bin] + counts[1, bin] < rank:
         before += counts[0, bin] + counts[1, bin]
         bin += 1
-    found = 0
-    for i in range(bits.size):
+    found: Any = 0
+    for i in range(bits.size):  # without a branch, as in `_gathered`
         magnitude = np.int32(bits[i] & _MAGNITUDE)
-        if (magnitude >> np.int32(20)) == bin:
-            some[found] = magnitude
-            found += 1
+        some[found] = magnitude
+        found += np.intp((magnitude >> np.int32(20)) == bin)
     wanted, low, high = rank - before - 1, 0, found - 1
     while low < high:  # Hoare's selection
         pivot, i, j = some[(low + high) >> 1], low, high

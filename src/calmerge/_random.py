@@ -98,15 +98,16 @@ def draws(n: int, key: tuple[object, ...], offset: int) -> Array:
 
 def _below(n: int, share: float | Array, key: tuple[object, ...], offset: int) -> Array:
     limits, drawn, loops = Limits(share), draws(n, key, offset), kernels()
-    one = len(limits.upper) == 1
+    one, equal = len(limits.upper) == 1, np.empty(n // 4096 + 64, np.int64)
     if loops is not None:
         true: Array = np.empty(n, bool)
         flags = true.view(np.uint8)
-        met = loops.less_than_one(drawn, limits.upper[0], flags) if one else loops.less(drawn, limits.upper, flags)
+        upper = limits.upper[0] if one else limits.upper
+        met = (loops.less_than_one if one else loops.less)(drawn, upper, flags, equal)
     else:
-        true, met = drawn < limits.upper, 1
-    for i in np.flatnonzero(drawn == limits.upper).tolist() if met else ():
-        true[i] = limits.decide(0 if one else i, offset + i, key)
+        true, met = drawn < limits.upper, len(equal) + 1
+    for i in equal[:met] if met <= len(equal) else np.flatnonzero(drawn == limits.upper):
+        true[i] = limits.decide(0 if one else int(i), offset + int(i), key)
     return true
 
 
