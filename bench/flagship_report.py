@@ -96,14 +96,16 @@ def tried(out: Path, suite: str, name: str, design: Sequence[trials.Trial]) -> l
     for trial in design:
         if one := read(out, trial):
             bad = {"half": "two half-way back", "loud": "two with logits x 4"}.get(trial.bad, "-")
-            key = (trial.method, str(trial.pool or "all"), str(trial.tasks or "all"), f"x {trial.longer}", bad)
+            told = (f"x {trial.longer}", str(trial.batch or "the suite's"), str(trial.mix or "the method's"))
+            key = (trial.method, str(trial.pool or "all"), str(trial.tasks or "all"), *told, bad)
             found.setdefault(key, []).append(one)
     if not found:
         return []
     runs = sum(map(len, found.values()))
     lines = [f"## {suite}, `{name}`", "", f"{runs} of {len(design)} trials.", ""]
-    head = ("method", "inputs a task", "tasks", "updates", "bad experts", "runs", "mean", "worst", "sound tasks", "s")
-    lines += [f"| {' | '.join(head)} |", "| :-- | --: | --: | --: | :-- | --: | --: | --: | --: | --: |"]
+    head = ("method", "inputs a task", "tasks", "updates", "batch", "mix", "bad experts", "runs", "mean", "worst")
+    head += ("sound tasks", "s")
+    lines += [f"| {' | '.join(head)} |", f"| :-- |{' --: |' * (len(head) - 1)}"]
     for key, ones in found.items():
         means = (spread([float(one[name]) for one in ones]) for name in ("normalised", "worst", "sound"))
         seconds = sum(one["seconds"] for one in ones) / len(ones)

@@ -180,19 +180,21 @@ def orders(suite: str, *, n: int = 20) -> Iterator[Trial]:
 
 
 def pools(suite: str) -> Iterator[Trial]:
-    """E3: 64 inputs a task against all; three seeds, CALM one."""
+    """E3: from 4 inputs a task to all; 64 and all with three seeds, CALM and the fewest with one."""
     for seed in range(3):
         for method in LEARNING if seed == 0 else LEARNING[1:]:
-            for n in (64, 0):
+            for n in (4, 16, 64, 0) if seed == 0 and method == "calm_joint" else (64, 0):
                 yield Trial(suite, method, seed, pool=n)
 
 
 def mixing(suite: str) -> Iterator[Trial]:
-    """Whether mixtures help `calm_joint` and distillation: the pool alone, or eight times its size."""
+    """Mixtures against the pool alone: `calm_joint` with 64 inputs a task and with all; distillation beside it."""
     for seed in range(3 if suite == "vision" else 1):
-        for method in LEARNING[1:]:
-            for mix in (1, 8):
-                yield Trial(suite, method, seed, mix=mix)
+        for n in (64, 0):
+            for mix in (1, 0):
+                yield Trial(suite, "calm_joint", seed, pool=n, mix=mix)
+        for mix in (0, 8):
+            yield Trial(suite, "distillation_tsv_m", seed, mix=mix, batch=32 if suite == "vision" else 0)
 
 
 def batches(suite: str) -> Iterator[Trial]:
@@ -200,7 +202,8 @@ def batches(suite: str) -> Iterator[Trial]:
     for seed in range(3 if suite == "vision" else 1):
         for size in (32, 16, 8) if suite == "vision" else (16, 8):
             for method in LEARNING[1:]:
-                yield Trial(suite, method, seed, mix=1, batch=size if size != 16 else 0)
+                mix = 1 if method == "calm_joint" else 0
+                yield Trial(suite, method, seed, mix=mix, batch=size if size != 16 else 0)
 
 
 def bad_experts(suite: str) -> Iterator[Trial]:
