@@ -29,7 +29,7 @@ from calmerge._yaml import Data
 from calmerge.league import merge_pipe
 from calmerge.suites.suite import load_suite
 from calmerge.tasks.base import Examples, Outputs, Tasks
-from calmerge.tasks.mixing import mixed
+from calmerge.tasks.mixing import Mixed
 from calmerge.tasks.serving import serving
 
 PIPES: Mapping[str, Data] = {
@@ -57,7 +57,7 @@ class Trial:
         bad: what is wrong with the first and the fifth expert: `half` (moved half-way back to the base) or `loud`
             (its head, and so every model under it, gives logits times 4).
         longer: how many times the suite's updates.
-        mix: how many times the pools are learned from, by mixtures; 0 leaves it to the method.
+        mix: how many times every pool's size is learned from, by mixtures; 1 is the pool, 0 leaves it to the method.
         batch: inputs of a task in each update, with updates for as many examples as the suite says; 0 for its own.
     """
 
@@ -101,10 +101,10 @@ def _run(bench: Bench, trial: Trial) -> dict[str, Any]:
         options["steps"] *= trial.longer
     if trial.batch:
         options |= {"steps": options["steps"] * options["batch"] // trial.batch, "batch": trial.batch}
-    if trial.mix and trial.method == "calm_joint":
-        options["mix"] = trial.mix
-    elif trial.mix:
-        tasks = mixed(tasks, trial.mix, seed=trial.seed)
+    if trial.mix:
+        tasks = tasks.with_pools({t: Mixed(tasks.split(t, "pool"), trial.mix, trial.seed, t) for t in names})
+        if trial.method == "calm_joint":
+            options["fill"] = 0
     if trial.order is not None:
         drawn = [names[i] for i in permutation(len(names), trial.order, "order").tolist()]
         pipe[0]["calm"]["groups"] = [drawn[:-2], [drawn[-2]], [drawn[-1]]]
@@ -188,10 +188,10 @@ def pools(suite: str) -> Iterator[Trial]:
 
 
 def mixing(suite: str) -> Iterator[Trial]:
-    """Mixtures against the pool alone: `calm_joint` with 64 inputs a task and with all; distillation beside it."""
+    """Pools eight times as large by mixtures, of 64 inputs a task and of all; distillation beside it."""
     for seed in range(3 if suite == "vision" else 1):
         for n in (64, 0):
-            for mix in (1, 0):
+            for mix in (1, 8):
                 yield Trial(suite, "calm_joint", seed, pool=n, mix=mix)
         for mix in (0, 8):
             yield Trial(suite, "distillation_tsv_m", seed, mix=mix, batch=32 if suite == "vision" else 0)

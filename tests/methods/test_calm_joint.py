@@ -51,11 +51,11 @@ def test_the_order_of_tasks_decides_nothing(toy: Any) -> None:
         torch.testing.assert_close(first[n], again[n], rtol=0, atol=1e-3)
 
 
-def test_experts_are_asked_of_mixtures_too(toy: Any, tmp_path: Path) -> None:
-    for mix in (1, 4):
-        calm_joint(toy.tvs, tasks=toy.tasks, steps=1, mix=mix, run=Run(folder=tmp_path / f"{mix}"))
-        asked = load_file(tmp_path / f"{mix}" / "logits-d.safetensors")["logits"]
-        assert asked.shape == (mix * 30, 4)
+def test_experts_are_asked_of_mixtures_where_inputs_are_few(toy: Any, tmp_path: Path) -> None:
+    for fill, times in ((0, 1), (30, 1), (100, 4)):
+        calm_joint(toy.tvs, tasks=toy.tasks, steps=1, fill=fill, run=Run(folder=tmp_path / f"{fill}"))
+        asked = load_file(tmp_path / f"{fill}" / "logits-d.safetensors")["logits"]
+        assert asked.shape == (times * 30, 4)
         torch.testing.assert_close(asked[:30], toy.tasks.logits(toy.tvs.expert("d"), "d"))
 
 

@@ -23,7 +23,7 @@ def calm_joint(
     steps: Annotated[int, Interval(0)] = 300,
     lr: Positive = 0.03,
     batch: Count = 16,
-    mix: Count = 8,
+    fill: Annotated[int, Interval(0)] = 512,
     seed: Seed = 0,
     run: Run | None = None,
 ) -> Weights:
@@ -31,8 +31,8 @@ def calm_joint(
 
     theta = theta_0 + tau_s + u r,  r = sum_t |tau_t|, tau_s the start's merge, u = 0 at first;
     minimise over u  sum_t (1 / L_t(0)) 4 KL(softmax(z_t(x) / 2) || softmax(z(x) / 2))  on unlabelled x of every task
-    and on mixtures of two of them, z_t the logits of the task's own expert and L_t(0) the task's loss at the start, so
-    that a task which is near its expert is not given up for one that is far.
+    and, where they are few, on mixtures of two of them, z_t the logits of the task's own expert and L_t(0) the task's
+    loss at the start, so that a task which is near its expert is not given up for one that is far.
 
     What it keeps of CALM: one model that all tasks consent to, frozen heads, unlabelled inputs, entries that no expert
     moved stay the base's. What differs: no order of tasks, soft targets of the experts instead of hard labels, one
@@ -46,7 +46,7 @@ def calm_joint(
         steps: updates with Adam at most; its step size falls to 0 along a cosine.
         lr: the step size at first, in units of the reach r of every entry: no entry's scale decides.
         batch: inputs of every task in each update.
-        mix: how many times the pool's size is learned from, by mixtures (`calmerge.tasks.mixing`); 1 is the pool alone.
+        fill: pools with fewer inputs are filled up with mixtures (`calmerge.tasks.mixing`); 0 takes them as they are.
         seed: with the task and the update it decides which inputs are drawn, and with their number what is mixed.
         run: progress, resumable state, and the trace.
 
@@ -64,9 +64,9 @@ def calm_joint(
     Source: calmerge's own, after Yan, Xu, Jia, Zhang et al., "CALM: Consensus-Aware Localized Merging for Multi-Task
     Learning", ICML 2025. A candidate: docs/experiments tells what its parts have been shown to bring, and what not yet.
     """
-    options = {"steps": steps, "lr": lr, "batch": batch, "mix": mix, "seed": seed}
+    options = {"steps": steps, "lr": lr, "batch": batch, "fill": fill, "seed": seed}
     raise_together(check(calm_joint, {"tasks": tasks, **options}))
-    tvs, tasks = tvs.to(tasks.device), mixed(tasks, mix, seed=seed)
+    tvs, tasks = tvs.to(tasks.device), mixed(tasks, fill, seed=seed)
     start = materialise((inner or tsv_m)(tvs))
     return fit_jointly(
         span(start, materialise(reach(tvs))),

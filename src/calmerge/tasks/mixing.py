@@ -14,14 +14,14 @@ from calmerge.tasks.fingerprint import fingerprint
 RUN = 8  # neighbouring positions of a text that stay together
 
 
-def mixed(tasks: Tasks, times: int, *, seed: int = 0) -> Tasks:
-    """The same tasks with pools `times` as large: behind every pool's own inputs come mixtures of two of them.
+def mixed(tasks: Tasks, size: int, *, seed: int = 0) -> Tasks:
+    """The same tasks with at least `size` inputs in every pool: behind those it has come mixtures of two of them.
 
     A mixture has no label, and needs none where an expert tells what the merged model should say of it.
 
     Args:
         tasks: their pools are not touched; validation and test stay as they are.
-        times: size of the new pools in sizes of the old, at least 1, which is no mixture.
+        size: pools with as many inputs stay as they are, smaller ones grow to the next multiple of theirs.
         seed: with the task's name and the mixture's number it decides what is mixed.
 
     Raises (when a batch is read):
@@ -31,9 +31,9 @@ def mixed(tasks: Tasks, times: int, *, seed: int = 0) -> Tasks:
     distillation: A good teacher is patient and consistent", CVPR 2022; of boxes, Yun et al., "CutMix", ICCV 2019; of
     sums, Zhang et al., "mixup", ICLR 2018.
     """
-    if times == 1:
-        return tasks
-    return tasks.with_pools({task: Mixed(tasks.split(task, "pool"), times, seed, task) for task in tasks})
+    pools = {task: tasks.split(task, "pool") for task in tasks}
+    times = {task: -(-size // len(pool)) for task, pool in pools.items()}
+    return tasks.with_pools({task: Mixed(pools[task], n, seed, task) for task, n in times.items() if n > 1})
 
 
 class Mixed:
@@ -76,13 +76,13 @@ class Mixed:
         if isinstance(pairs, Mapping):
             if "attention_mask" in pairs and not pairs["attention_mask"][:, 0].all():
                 raise DataError(
-                    "only texts padded on the right can be mixed, these are padded on the left. Take mix: 1."
+                    "only texts padded on the right can be mixed, these are padded on the left. Take fill: 0."
                 )
             return {name: self._each(values, indices) for name, values in pairs.items()}
         if isinstance(pairs, tuple | list):
             return type(pairs)(self._each(values, indices) for values in pairs)
         found = f"a tensor {list(pairs.shape)}" if isinstance(pairs, Tensor) else type(pairs).__name__
-        raise DataError(f"only tensors [n, ...] can be mixed, the pool's inputs hold {found}. Take mix: 1.")
+        raise DataError(f"only tensors [n, ...] can be mixed, the pool's inputs hold {found}. Take fill: 0.")
 
     def _mixture(self, one: Tensor, other: Tensor, indices: Tensor) -> Tensor:
         share = self._share[indices]
