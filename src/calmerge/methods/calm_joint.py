@@ -43,7 +43,7 @@ def calm_joint(
         tvs: task vectors of T experts.
         tasks: the model, its frozen heads, and unlabelled pools.
         inner: the merge it starts from; TSV-Merge when None.
-        steps: updates with Adam at most; its step size falls to 0 along a cosine.
+        steps: updates with Adam; its step size falls to 0 along a cosine.
         lr: the step size at first, in units of the reach r of every entry: no entry's scale decides.
         batch: inputs of every task in each update.
         fill: pools with fewer inputs are filled up with mixtures (`calmerge.tasks.mixing`); 0 takes them as they are.
