@@ -20,7 +20,7 @@ from calmerge._reader import Reader
 from calmerge._run import Run
 from calmerge._weights import Node, Stretch, Weights, entries, site_of, stretches
 
-_TOGETHER = 4  # blocks that may come as one: their results take no more room than what torch holds for one block
+_TOGETHER = 8  # blocks that may come as one: of T tasks that are 4 T MB, less than torch takes for one block
 _TINY = 2**13  # entries of a tensor that take less time than the Python around them
 A = TypeVar("A")
 B = TypeVar("B")
