@@ -175,7 +175,8 @@ def run_recipe(
     inner = replace(run, folder=state)
     started = time.perf_counter()
     delta = build(recipe)(tvs, tasks, inner)
-    report = _report(recipe, tvs, delta, inner, command, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started + sum(inner.earlier)
+    report = _report(recipe, tvs, delta, inner, command, seconds=seconds)
     if recipe.out.adapter is not None:
         manifest = _as_adapter(recipe, path, tvs, delta, report, run)
     else:

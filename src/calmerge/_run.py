@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,7 @@ class Run:
         progress: whom to tell.
         trace: what fitted methods leave behind (loss curves, masks' densities), as plain JSON values by method.
         trained: how many numbers every fit moved, in turn.
+        earlier: seconds that fits had taken when they were stopped, of those that went on here.
 
     >>> run = Run()
     >>> with run.progress.track("merging", 3) as step:
@@ -54,7 +55,8 @@ class Run:
     progress: Progress = field(default_factory=Silent)
     trace: dict[str, Any] = field(default_factory=dict)
     trained: list[int] = field(default_factory=list)
+    earlier: list[float] = field(default_factory=list)
 
     def within(self, name: str) -> "Run":
         """The same surroundings with the state kept in a sub-folder, so that two stages never share a file."""
-        return Run(self.folder / name if self.folder else None, self.progress, self.trace, self.trained)
+        return replace(self, folder=self.folder / name if self.folder else None)

@@ -177,7 +177,7 @@ class _League:
         started = time.perf_counter()
         with peak_memory() as peak:
             delta: Weights | Merged = merge_pipe(list(pipe), tasks=tasks, run=run, seed=seed)(self.tvs)
-        seconds, most = time.perf_counter() - started, [peak.bytes]
+        seconds, most = time.perf_counter() - started + sum(run.earlier), [peak.bytes]
         scores: dict[str, Score] = {}
         if isinstance(delta, Merged) and (delta.router is not None or delta.heads == "realigned"):
             logits = serving(delta, self.tvs.base.only_names(self.tvs.specs), self.tasks)

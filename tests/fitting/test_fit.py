@@ -148,6 +148,13 @@ def test_an_interrupted_fit_goes_on_and_ends_the_same(fail_at: int, tmp_path: Pa
     assert again(counting(3.0, fail_at=0)).loss == whole.loss  # finished: nothing is computed again
 
 
+def test_a_resumed_fit_tells_what_it_took_before(tmp_path: Path) -> None:
+    again = partial(fit, scaled, START, counting(3.0), base=BASE, optimizer=ADAM, key="k")
+    first, run = again(steps=2, run=Run(tmp_path)), Run(tmp_path)
+    assert again(steps=4, run=run).seconds > first.seconds
+    assert run.earlier == [first.seconds]
+
+
 def test_the_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     run = Run(tmp_path / "here")
     fit(scaled, START, counting(3.0), base=BASE, optimizer=ADAM, steps=2, run=run, key="seed 0")

@@ -41,6 +41,7 @@ class Fitted:
         observed: what `observe` told, at every update.
         watched: the held-out loss, each time it was looked at.
         step: how many updates led to `params`.
+        seconds: what the updates took, before an interruption too.
     """
 
     params: dict[str, Tensor]
@@ -48,6 +49,7 @@ class Fitted:
     observed: dict[str, list[float]] = field(default_factory=dict)
     watched: list[float] = field(default_factory=list)
     step: int = 0
+    seconds: float = 0.0
 
     @property
     def total(self) -> list[float]:
@@ -148,6 +150,7 @@ def fit(
     stateful = {**(companions or {}), "optimizer": optim, **({"best": best} if best else {})}
     if state and state.is_file():
         first = _load(state, key, params, stateful, fitted)
+        run.earlier.append(fitted.seconds)
         if first > steps:
             raise UsageError(
                 f"{state.parent} holds the state after {first} updates, more than the {steps} asked for. "
@@ -157,6 +160,7 @@ def fit(
         observe(params)
     theta = empty(merged(params), next(iter(params.values())).device)
     saved = time.monotonic()
+    begun = saved - fitted.seconds
     with run.progress.track(label, steps, "update") as bar:
         bar.advance(first)
         for step in range(first, steps):
@@ -183,6 +187,7 @@ def fit(
             for name, value in (observe(params) if observe else {}).items():
                 fitted.observed.setdefault(name, []).append(value)
             bar.advance(1, loss=sum(losses.values()))
+            fitted.seconds = time.monotonic() - begun
             if state and (time.monotonic() - saved > SAVE_EVERY or step + 1 == steps):
                 _save(state, key, params, stateful, fitted, step + 1)
                 saved = time.monotonic()
@@ -319,6 +324,7 @@ def _save(path: Path, key: str, params: Params, stateful: Mapping[str, Stateful]
             "observed": fitted.observed,
             "watched": fitted.watched,
             "step": step,
+            "seconds": fitted.seconds,
         },
         partial,
     )
@@ -335,4 +341,5 @@ def _load(path: Path, key: str, params: Params, stateful: Mapping[str, Stateful]
     for name, one in stateful.items():
         one.load_state_dict(state["stateful"][name])
     fitted.loss, fitted.observed, fitted.watched = state["loss"], state["observed"], state["watched"]
+    fitted.seconds = state["seconds"]
     return int(state["step"])
