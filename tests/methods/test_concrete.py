@@ -107,7 +107,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_masks(toy: Any, tmp_path: Path) 
     options = {"tasks": toy.tasks, "mask_lr": 0.05, "steps": 0, "batch": 8}
     whole = concrete_adamerging(toy.tvs, mask_steps=4, **options)
 
-    class Interrupted(Exception):
+    class Interrupted(KeyboardInterrupt):
         pass
 
     calls = []
