@@ -3,8 +3,8 @@
     python bench/trials.py SUITE DESIGN --out docs/experiments       # goes on where it was interrupted
 
 A trial runs one entry of the league with the suite's options, and is scored on the *validation* split, as in
-`flagship.py`. DESIGN is one of the functions below: `orders` (E2), `pools` (E3), `bad_experts` (E4), `heads` (E5),
-`counts`.
+`flagship.py`. DESIGN is one of the functions below: `orders` (E2), `pools` and `mixing` (E3), `bad_experts` (E4),
+`heads` (E5), `batches`, `counts` and others.
 """
 
 import hashlib

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from calmerge import FitError, Run, StateDict, UsageError, Weights, task_vectors
+from calmerge import DataError, FitError, Run, StateDict, UsageError, Weights, task_vectors
 from calmerge._weights import Computed
 from calmerge.fitting import Pool, entropy, fit, shuffled
 from calmerge.pieces import blend
@@ -204,13 +204,16 @@ def test_a_gradient_that_is_not_finite_names_update_and_parameter() -> None:
         fit(scaled, START, gradient, base=BASE, optimizer=SGD, steps=5)
 
 
-def test_a_fit_that_fails_keeps_its_last_good_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [FitError, DataError])
+def test_a_fit_that_fails_keeps_its_last_good_state(error: type[Exception], tmp_path: Path) -> None:
     def gradient(theta: Mapping[str, Tensor], step: int) -> dict[str, float]:
+        if step == 2 and error is DataError:
+            raise DataError("update 3: the model fails")
         (theta["w"].sum() * (float("nan") if step == 2 else 1.0)).backward()
         return {"toy": 0.0}
 
     run = Run(folder=tmp_path)
-    with pytest.raises(FitError, match="update 3"):
+    with pytest.raises(error, match="update 3"):
         fit(scaled, START, gradient, base=BASE, optimizer=SGD, steps=5, run=run)
     two = fit(scaled, START, gradient, base=BASE, optimizer=SGD, steps=2)
     kept = torch.load(tmp_path / "fitting.state.pt", weights_only=True)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from calmerge._errors import FitError, UsageError
+from calmerge._errors import CalmergeError, FitError, UsageError
 from calmerge._run import Run
 from calmerge._weights import Weights
 from calmerge.report.traces import FitTrace
@@ -174,7 +174,7 @@ def fit(
                 losses = gradient(theta, step)
                 pull_back(delta, theta, params, penalty)
                 _check(params, step)
-            except FitError:
+            except CalmergeError:
                 if state and before is None:  # what came before is kept, unless an inner problem has moved on already
                     _save(state, key, params, stateful, fitted, step)
                 raise
