@@ -67,6 +67,29 @@ def test_brackets_of_ranks_count_and_take_along_the_same(monkeypatch: pytest.Mon
     assert compiled[0][1] - compiled[0][0] == len(compiled[0][2]) == ones_and_twos
 
 
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 50])
+@pytest.mark.parametrize("guess", [0.0, 1.0, 2.5, 1e9])
+def test_every_rank_of_a_row_from_any_guess(machine: ModuleType, n: int, guess: float) -> None:
+    row = ((uniform((n,), "row") * 8).floor() - 4).numpy()
+    some, spare = (np.empty(size, np.int32) for size in (n + machine.LANES, machine.LANES))
+    near = int(np.float32(guess).view(np.int32))
+    found = [machine._nth(row.view(np.int32), rank, near, some, spare) for rank in range(1, n + 1)]
+    assert np.array_equal(np.array(found, np.int32).view(np.float32), np.sort(np.abs(row)))
+
+
+def test_a_magnitude_whose_low_bits_are_0_has_a_bin_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    low, high, between = (int(np.float32(v).view(np.int32)) for v in (1.0, 2.0, 1.0 + 2**-22))
+
+    def found() -> list[_rank.Bracket]:
+        bins = _rank._Bins(_rank.Bracket(low, high, 3), 1 << 10)
+        bins.add(np.array([between, low, low, between + 1], np.int32))
+        return [bins.bracket(rank) for rank in (1, 2, 3)]
+
+    compiled, plain = both(monkeypatch, found)
+    assert compiled == plain
+    assert [(b.low, b.high) for b in plain] == [(low, low), (low, low), (between, between + 1)]
+
+
 def test_bins_know_the_one_magnitude_that_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     bits = np.array([1.0, 1.5, 1.5, 1.75, 1.75], np.float32).view(np.int32)
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from calmerge._lanes import LANES, squeezed
 from calmerge._machine import compiled
 from calmerge._watch import Array
 
 _FEW = 1024  # entries that are looked at twice
 _MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float but its sign
+_LARGEST = 0x7FFFFFFE  # but for the one that stands for none
+_NEAR = 1 << 20  # a magnitude's eighth, in its bits
 
 
 @compiled()
@@ -23,27 +26,22 @@ def bracketed(bits: Array, low: int, high: int, inside: Array) -> tuple[int, int
         bits: int32 [n], those of floats.
         low: bits of a magnitude.
         high: bits of another.
-        inside: int32 [n + 1]; the magnitudes from `low` to `high`, in order.
+        inside: int32 [n + LANES]; the magnitudes from `low` to `high`, in order.
     """
-    below, upto, found, least, most = 0, 0, 0, np.int32(low), np.int32(high)
-    for begin in range(0, bits.size, _FEW):
-        some = bits[begin : begin + _FEW]
-        before, within = _counted(some, least, most)
-        below, upto = below + before, upto + within
-        if within > before:
-            found += _gathered(some, least, most, inside[found:])
-    return below, upto, found
-
-
-@compiled()
-def _gathered(bits: Array, low: Any, high: Any, inside: Array) -> Any:
-    """Without a branch, which would be foreseen wrongly too often."""
+    below: Any = 0
     found: Any = 0
-    for i in range(bits.size):
+    least, most = np.int32(low), np.int32(high)
+    whole = bits.size - bits.size % LANES
+    for i in range(0, whole, LANES):
+        less, between = squeezed(bits, i, least, most, inside, found)
+        below += less
+        found += between
+    for i in range(whole, bits.size):
         magnitude = np.int32(bits[i] & _MAGNITUDE)
         inside[found] = magnitude
-        found += np.intp(magnitude >= low) & np.intp(magnitude <= high)
-    return found
+        below += np.intp(magnitude < least)
+        found += np.intp(magnitude >= least) & np.intp(magnitude <= most)
+    return below, below + found, found
 
 
 @compiled()
@@ -52,27 +50,18 @@ def binned(inside: Array, low: int, shift: int, counts: Array, least: Array, mos
 
     Args:
         inside: int32 [n], bits of magnitudes.
-        low: bits of the smallest one of the first bin.
-        shift: how many low bits differ within a bin.
+        low: bits of the smallest one of the first bin, of which the lowest `shift` are 0.
+        shift: how many low bits differ within a pair of bins: in the first of it they are 0.
         counts: int64 [bins].
         least: int32 [bins].
         most: int32 [bins].
     """
+    start, rest = np.int32(low), np.int32((1 << shift) - 1)
     for i in range(inside.size):
-        bin = (inside[i] - low) >> shift
+        bin = 2 * ((inside[i] - start) >> shift) + np.intp((inside[i] & rest) != 0)
         counts[bin] += 1
         least[bin] = min(least[bin], inside[i])
         most[bin] = max(most[bin], inside[i])
-
-
-@compiled()
-def _counted(bits: Array, low: Any, high: Any) -> tuple[int, int]:
-    below, upto = np.int32(0), np.int32(0)
-    for i in range(bits.size):
-        magnitude = np.int32(bits[i] & _MAGNITUDE)
-        below += np.int32(magnitude < low)
-        upto += np.int32(magnitude <= high)
-    return below, upto  # type: ignore[return-value]
 
 
 @compiled()
@@ -155,11 +144,12 @@ def between(rows: Array, first: int, last: int, out: Array) -> None:
         last: another.
         out: float32 [rows, n].
     """
-    counts, some = np.empty((2, 2048), np.int32), np.empty(rows.shape[1] + 1, np.int32)
+    some, spare = np.empty(rows.shape[1] + LANES, np.int32), np.empty(LANES, np.int32)
+    low, high = 0, 0
     for r in range(rows.shape[0]):
         bits = rows[r].view(np.int32)
-        _count_bins(bits, counts)
-        low, high = _nth(bits, counts, some, first), _nth(bits, counts, some, last)
+        low = _nth(bits, first, low, some, spare)  # rows of a tensor are much alike
+        high = _nth(bits, last, high, some, spare)
         _kept(rows[r], np.int32(low), np.int32(high), out[r])
 
 
@@ -172,45 +162,46 @@ def _kept(x: Array, low: Any, high: Any, z: Array) -> None:
 
 
 @compiled()
-def _count_bins(bits: Array, counts: Array) -> None:
-    """How many magnitudes have each of the upper 11 bits; in two halves, so that one count does not wait for the
-    other."""
-    counts[:] = 0
-    for i in range(bits.size):
-        counts[i & 1, (bits[i] & _MAGNITUDE) >> np.int32(20)] += np.int32(1)
+def _nth(bits: Array, rank: int, guess: int, some: Array, spare: Array) -> int:
+    """The bits of the magnitude of a rank, 1 for the smallest; sooner where it is near a guess.
+
+    Args:
+        bits: int32 [n], those of floats.
+        rank: from 1 to n.
+        guess: bits of a magnitude.
+        some: int32 [n + LANES], room.
+        spare: int32 [LANES], room.
+    """
+    low: Any = max(0, guess - _NEAR)
+    high: Any = min(guess + _NEAR, _LARGEST)
+    below, upto, n = bracketed(bits, low, high, some)
+    if rank <= below or rank > upto:
+        low, high, below = 0, _LARGEST, 0
+        _, _, n = bracketed(bits, low, high, some)
+    rank -= below
+    while n:  # Hoare's selection: what is wanted is of rank `rank` among the first n of `some`
+        some[n : n + LANES] = _MAGNITUDE  # above `high`, so that whole vectors may be looked at
+        pivot = _middle(some[0], some[n >> 1], some[n - 1])
+        less, equal, kept = 0, 0, 0
+        for i in range(0, n, LANES):
+            before, same = squeezed(some, i, pivot, pivot, spare, 0)
+            less += before
+            equal += same
+        if less < rank <= less + equal:
+            return pivot  # type: ignore[no-any-return]
+        if rank <= less:
+            high = pivot - 1
+        else:
+            low, rank = pivot + 1, rank - less - equal
+        for i in range(0, n, LANES):
+            kept += squeezed(some, i, np.int32(low), np.int32(high), some, kept)[1]
+        n = kept
+    return _MAGNITUDE  # type: ignore[return-value]
 
 
 @compiled()
-def _nth(bits: Array, counts: Array, some: Array, rank: int) -> int:
-    """The bits of the magnitude of a rank: what bin it lies in, and its place among the few that are there."""
-    before, bin = 0, 0
-    while before + counts[0, bin] + counts[1, bin] < rank:
-        before += counts[0, bin] + counts[1, bin]
-        bin += 1
-    found: Any = 0
-    for i in range(bits.size):  # without a branch, as in `_gathered`
-        magnitude = np.int32(bits[i] & _MAGNITUDE)
-        some[found] = magnitude
-        found += np.intp((magnitude >> np.int32(20)) == bin)
-    wanted, low, high = rank - before - 1, 0, found - 1
-    while low < high:  # Hoare's selection
-        pivot, i, j = some[(low + high) >> 1], low, high
-        while i <= j:
-            while some[i] < pivot:
-                i += 1
-            while some[j] > pivot:
-                j -= 1
-            if i <= j:
-                some[i], some[j] = some[j], some[i]
-                i += 1
-                j -= 1
-        if wanted <= j:
-            high = j
-        elif wanted >= i:
-            low = i
-        else:
-            break
-    return some[wanted]  # type: ignore[no-any-return]
+def _middle(a: Any, b: Any, c: Any) -> Any:
+    return max(min(a, b), min(max(a, b), c))
 
 
 @compiled()

@@ -147,22 +147,25 @@ _LINES = {
     "{r} = call i32 @llvm.umax.i32(i32 {top}, i32 {r}.m)",
     ADD: "{r} = fadd float {a}, {b}", SUB: "{r} = fsub float {a}, {b}",
     MUL: "{r} = fmul float {a}, {b}", DIV: "{r} = fdiv float {a}, {b}",
-    LEAST: "{r}.l = fcmp olt float {a}, {b}\n{r}.n = fcmp uno float {a}, {a}\n{r}.c = or i1 {r}.l, {r}.n\n"
-    "{r} = select i1 {r}.c, float {a}, float {b}",
-    MOST: "{r}.l = fcmp ogt float {a}, {b}\n{r}.n = fcmp uno float {a}, {a}\n{r}.c = or i1 {r}.l, {r}.n\n"
-    "{r} = select i1 {r}.c, float {a}, float {b}",
+    LEAST: "{r}.c = fcmp olt float {a}, {b}\n{r}.l = select i1 {r}.c, float {a}, float {b}\n"
+    "{r}.n = fcmp uno float {a}, 0.0\n{r} = select i1 {r}.n, float {a}, float {r}.l",
+    MOST: "{r}.c = fcmp ogt float {a}, {b}\n{r}.l = select i1 {r}.c, float {a}, float {b}\n"
+    "{r}.n = fcmp uno float {a}, 0.0\n{r} = select i1 {r}.n, float {a}, float {r}.l",
     ABS: "{r} = call float @llvm.fabs.f32(float {a})", SQRT: "{r} = call float @llvm.sqrt.f32(float {a})",
-    SIGN: "{r}.p = fcmp ogt float {a}, 0.0\n{r}.m = fcmp olt float {a}, 0.0\n{r}.x = uitofp i1 {r}.p to float\n"
-    "{r}.y = uitofp i1 {r}.m to float\n{r} = fsub float {r}.x, {r}.y",
-    SHRINK: "{r}.n = fneg float {b}\n{r}.l = fcmp oge float {a}, {r}.n\n{r}.h = fcmp ole float {a}, {b}\n"
-    "{r}.c = and i1 {r}.l, {r}.h\n{r} = select i1 {r}.c, float 0.0, float {a}",
-    GREATER: "{r}.c = fcmp ogt float {a}, {b}\n{r} = uitofp i1 {r}.c to float",
-    AT_LEAST: "{r}.c = fcmp oge float {a}, {b}\n{r} = uitofp i1 {r}.c to float",
-    EQUAL: "{r}.c = fcmp oeq float {a}, {b}\n{r} = uitofp i1 {r}.c to float",
+    SIGN: "{r}.p = fcmp ogt float {a}, 0.0\n{r}.m = fcmp olt float {a}, 0.0\n"
+    "{r}.x = select i1 {r}.m, float -1.0, float 0.0\n{r} = select i1 {r}.p, float 1.0, float {r}.x",
+    SHRINK: "{r}.m = call float @llvm.fabs.f32(float {a})\n{r}.c = fcmp ugt float {r}.m, {b}\n"
+    "{r} = select i1 {r}.c, float {a}, float 0.0",
+    GREATER: "{r}.c = fcmp ogt float {a}, {b}\n{r} = select i1 {r}.c, float 1.0, float 0.0",
+    AT_LEAST: "{r}.c = fcmp oge float {a}, {b}\n{r} = select i1 {r}.c, float 1.0, float 0.0",
+    EQUAL: "{r}.c = fcmp oeq float {a}, {b}\n{r} = select i1 {r}.c, float 1.0, float 0.0",
     WHERE: "{r}.c = fcmp une float {a}, 0.0\n{r} = select i1 {r}.c, float {b}, float {d}",
     ROUND_BF16: _ROUNDED + "\n{r} = bitcast i32 {r}.v to float",
 }  # fmt: skip
 """What a step is in assembly: {r} is the value it makes, {at} an address, {top} the largest bits asked for so far."""
+
+_WIDE = '"prefer-vector-width"="512"'
+"""Vectors as wide as the processor has; LLVM halves them by itself, though steps take a quarter longer then."""
 
 _READING = """
 declare i64 @pread(i32, ptr, i64, i64)
@@ -225,7 +228,8 @@ def _strip(
         body.append(f"%b{j} = getelementptr i{8 * _SIZES[op]}, ptr %o{j}, i64 %k")
         line(op, f"%s{j}", f"%b{j}", a=value)
     return [
-        f"define internal i32 @strip({', '.join(planes)}, i64 %n) noinline {{", "entry:", "br label %loop", "loop:",
+        f"define internal i32 @strip({', '.join(planes)}, i64 %n) noinline {_WIDE} {{", "entry:", "br label %loop",
+        "loop:",
         "%k = phi i64 [0, %entry], [%next, %loop]", f"%top = phi i32 [0, %entry], [{top}, %loop]", *body,
         "%next = add nuw nsw i64 %k, 1", "%more = icmp ult i64 %next, %n", "br i1 %more, label %loop, label %end",
         "end:", f"ret i32 {top}", "}",

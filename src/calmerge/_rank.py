@@ -126,13 +126,14 @@ class _Search:
 class _Bins:
     """How many magnitudes fall into each bin of a bracket, and the smallest and the largest of each, as bits.
 
-    Where weights are stored in few bits most bins hold one magnitude, many times, and another pass is spared.
+    Bins go in pairs: the first of a pair is for one magnitude, whose low bits are 0, the other for those that follow.
+    Where weights are stored in few bits most entries have such magnitudes, and another pass is spared.
     """
 
     def __init__(self, bracket: Bracket, most: int) -> None:
-        self._low = bracket.low
-        self._shift = max(0, (bracket.high - bracket.low).bit_length() - most.bit_length() + 1)
-        count = ((bracket.high - bracket.low) >> self._shift) + 1
+        self._shift = max(0, (bracket.high - bracket.low).bit_length() - most.bit_length() + 2)
+        self._low = bracket.low >> self._shift << self._shift
+        count = 2 * ((bracket.high - self._low) >> self._shift) + 2
         self._counts = np.zeros(count, np.int64)
         self._least, self._most = np.full(count, _INFINITY, np.int32), np.zeros(count, np.int32)
 
@@ -142,7 +143,7 @@ class _Bins:
         if loops is not None:
             loops.binned(inside, self._low, self._shift, self._counts, self._least, self._most)
             return
-        bins = (inside - np.int32(self._low)) >> self._shift
+        bins = 2 * ((inside - np.int32(self._low)) >> self._shift) + ((inside & ((1 << self._shift) - 1)) != 0)
         np.add.at(self._counts, bins, 1)
         np.minimum.at(self._least, bins, inside)
         np.maximum.at(self._most, bins, inside)
@@ -154,7 +155,7 @@ class _Bins:
 
 
 def _bracketed(loops: ModuleType, bits: Array, bracket: Bracket) -> tuple[int, int, Array]:
-    inside = np.empty(len(bits) + 1, np.int32)
+    inside = np.empty(len(bits) + loops.LANES, np.int32)
     below, upto, count = loops.bracketed(bits, bracket.low, bracket.high, inside)
     return below, upto, inside[: count if bracket.low < bracket.high else 0].view(np.float32).copy()
 

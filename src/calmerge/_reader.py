@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from calmerge._tape import Tape
 
 _PROBE = 256  # entries of the rows that a tape is recorded on, at least
+_HELD = 2  # blocks of a tape whose inputs are computed: with more they leave the cache, with fewer Python takes longer
 _LONG = 2**15  # entries of a tensor from which on a tape pays
 
 
@@ -50,16 +51,16 @@ class Reader:
         Args:
             name: of the tensor.
             blocks: rows that follow each other.
-            together: how many may come as one where that is quicker, as of a tape that computes nothing first.
+            together: how many may come as one where that is quicker; of a tape that computes inputs first, two.
         """
         tape = self._tape(name)
         if tape is None:
             for rows in blocks:
                 yield rows, self._by_torch(name, rows)
             return
-        if tape.streams:
-            few = [blocks[i : i + together] for i in range(0, len(blocks), together)]
-            blocks = [one[0] if len(one) == 1 else slice(one[0].start, one[-1].stop) for one in few]
+        together = together if tape.streams else min(together, _HELD)
+        few = [blocks[i : i + together] for i in range(0, len(blocks), together)]
+        blocks = [one[0] if len(one) == 1 else slice(one[0].start, one[-1].stop) for one in few]
         with tape.opened() as handles:
             for rows in blocks:
                 site = site_of(self._lead, name, rows)
@@ -79,9 +80,9 @@ class Reader:
         return spec.shape if rows == ALL else (rows.stop - rows.start, *spec.shape[1:])
 
     def _tape(self, name: str) -> "Tape | None":
-        if not self._taping:
-            return None
-        with self._lock:
+        if not self._taping or name in self._tapes:
+            return self._tapes.get(name)
+        with self._lock:  # not for those that are there: to take one down takes longer than to play it
             if name not in self._tapes:
                 self._tapes[name] = self._recorded(name)
             return self._tapes[name]

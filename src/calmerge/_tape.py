@@ -178,9 +178,11 @@ def assembled(
         outputs: what comes out.
     """
     stores = []
+    rounds = {step.to: step.a for step in steps if step.op == machine.ROUND_BF16}
     for output in outputs:
         op = _STORES.get(output.dtype, _STORES[torch.float32])[0]
-        stores += [(op, value) for value in output.values]
+        once = rounds if op == machine.STORE_BF16 else {}  # to store rounds
+        stores += [(op, once.get(value, value)) for value in output.values]
     used = {value for _, value in stores}
     needed: list[Step] = []
     for step in reversed(steps):
