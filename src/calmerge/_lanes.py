@@ -50,9 +50,7 @@ def squeezed(context: Any, bits: Any, at: Any, low: Any, high: Any, into: Any, t
         upto = builder.icmp_signed("<=", magnitudes, everywhere(args[3]))
         inside = builder.and_(upto, builder.not_(below))
         kind = ir.FunctionType(_VECTOR, [_VECTOR, inside.type, _VECTOR])
-        compress = cgutils.get_or_insert_function(
-            builder.module, kind, f"llvm.experimental.vector.compress.v{LANES}i32"
-        )
+        compress = cgutils.get_or_insert_function(builder.module, kind, _COMPRESS)
         builder.store(builder.call(compress, [magnitudes, inside, _UNDEFINED]), place(4, args[5]), align=4)
         return context.make_tuple(builder, signature.return_type, [count(below), count(inside)])
 

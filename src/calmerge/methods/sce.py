@@ -7,7 +7,7 @@ from calmerge._measure import per_tensor, total
 from calmerge._signature import KeepFraction, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
-from calmerge.pieces.blend import averaged, per_task, summed
+from calmerge.pieces.blend import averaged, per_task, summed, sums
 from calmerge.pieces.fuse import agreement
 from calmerge.pieces.largest import among, largest
 from calmerge.pieces.mask import masked
@@ -71,7 +71,7 @@ def select_calculate_erase(tvs: TaskVectors, select_topk: float, *, floor: float
     """
     chosen = _select(tvs, select_topk) if select_topk < 1 else tvs
     squared = chosen.transform(lambda tau, site: tau.square())
-    squares = per_tensor(squared, lambda w: total(w, _sums).map(lambda sums: sums / w.numel))
+    squares = per_tensor(squared, lambda w: total(w, sums).map(lambda found: found / w.numel))
 
     def fused(tau: Tensor, square: Tensor, site: Site) -> Tensor:
         known = bool(square.sum() > 0) and bool(square.sum() >= floor)
@@ -87,7 +87,3 @@ def _select(tvs: TaskVectors, share: float) -> TaskVectors:
     variance = tvs.reduce(lambda tau, site: averaged((tau - averaged(tau)).square_()))
     cut = largest(variance, lambda name, n: float(share))
     return tvs.transform(lambda tau, v, at, site: masked(tau, among(v, at, site)), variance, cut)
-
-
-def _sums(block: Tensor) -> Tensor:
-    return block.reshape(len(block), -1).sum(1, dtype=torch.float64)

@@ -6,7 +6,7 @@ from torch import Tensor
 from calmerge._measure import per_tensor, total
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site
-from calmerge.pieces.blend import per_task
+from calmerge.pieces.blend import per_task, sums
 
 
 def restore_l1(thinned: TaskVectors, tvs: TaskVectors) -> TaskVectors:
@@ -23,8 +23,6 @@ def restore_l1(thinned: TaskVectors, tvs: TaskVectors) -> TaskVectors:
     def scaled(tau: Tensor, before: Tensor, after: Tensor, site: Site) -> Tensor:
         return tau * per_task(torch.where(after > 0, before / after, 1.0), tau)
 
-    return thinned.transform(scaled, *(per_tensor(w, lambda w: total(w, _l1)) for w in (tvs, thinned)))
-
-
-def _l1(block: Tensor) -> Tensor:
-    return block.reshape(len(block), -1).abs().sum(1, dtype=torch.float64)
+    return thinned.transform(
+        scaled, *(per_tensor(w, lambda w: total(w, lambda tau: sums(tau.abs()))) for w in (tvs, thinned))
+    )
