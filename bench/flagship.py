@@ -91,10 +91,15 @@ class Bench:
 
         loaded = load_suite(suite)
         prepare(loaded)
-        self.suite, self.out = suite, out
+        self.suite, self.version, self.out = suite, loaded.version, out
         self.tvs, self.tasks = cm.open_suite(loaded)
         self._targets: dict[tuple[str, str], Tensor] = {}
         self.experts = self.kept("experts", self._experts)
+        if self.experts["version"] != self.version:
+            raise SystemExit(
+                f"{out} holds cells of version {self.experts['version']} of the suite '{suite}', this is version "
+                f"{self.version}. Name another folder with --out."
+            )
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """The record of a cell, from its file where it is there."""
@@ -187,7 +192,8 @@ class Bench:
 
     def _experts(self) -> dict[str, Any]:
         logits = {t: self.tasks.logits(self.tvs.expert(t), t, "validation") for t in self.tvs.tasks}
-        return {"accuracy": {t: self.tasks.score(scores, t, "validation").accuracy for t, scores in logits.items()}}
+        accuracy = {t: self.tasks.score(scores, t, "validation").accuracy for t, scores in logits.items()}
+        return {"version": self.version, "accuracy": accuracy}
 
     def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A record from its file, made where it is not there."""
