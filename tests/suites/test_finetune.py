@@ -274,7 +274,7 @@ def test_validity_measures_every_reference(tmp_path: Path, base: Path) -> None:
     suite = load_suite(tmp_path / "tiny.yaml")
     made = make_experts(suite.data, suite.folder)
     found = validity(suite)
-    assert list(found) == ["probe", "experts", "base", "average", "task_arithmetic", "ties"]
+    assert list(found) == ["probe", "experts", "base", "average", "task_arithmetic", "ties", "tsv_m", "iso_c"]
     assert found["probe"] == {"a": 1.0, "b": 1.0}
     experts = {}
     for name in made:

@@ -18,7 +18,7 @@ def prepare(suite: Suite, names: Sequence[str] | None = None, *, run: Run | None
 
     Args:
         suite: as `load_suite` gives it.
-        names: only the experts of these tasks.
+        names: only the experts of these tasks; all when None.
         run: progress.
 
     Raises:
@@ -32,7 +32,7 @@ def prepare(suite: Suite, names: Sequence[str] | None = None, *, run: Run | None
         raise CheckpointError("\n".join(missing))
     wanted = [
         name
-        for name in (names or suite.tasks)
+        for name in (suite.tasks if names is None else names)
         if isinstance(expert := suite.tasks[name].expert, Path) and not (expert / "config.json").is_file()
     ]
     if wanted:

@@ -1,10 +1,12 @@
 """Whether a suite can tell merging methods apart, to be asked before any method is judged on it.
 
 A suite is of no use if its base already does what its experts do, or if plain averaging does. `validity` measures
-the four conditions that the embedded suites were chosen by.
+the four conditions that the embedded suites were chosen by, and whether the order of methods comes out that published
+suites show.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +14,10 @@ import torch
 from calmerge._run import Run
 from calmerge._weights import StateDict, Weights, add
 from calmerge.methods.average import average
+from calmerge.methods.iso_c import iso_c
 from calmerge.methods.task_arithmetic import task_arithmetic
 from calmerge.methods.ties import ties
+from calmerge.methods.tsv_m import tsv_m
 from calmerge.suites.classifiers import probe
 from calmerge.tasks.base import Split, Tasks
 from calmerge.tasks.data import read_examples
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
     from calmerge.suites.suite import Suite
 
 ACCURACIES = Mapping[str, float]
+KNOWN = {"average": "averaging", "task_arithmetic": "Task Arithmetic 0.3", "ties": "TIES"}
+"""Merges in the order in which published suites have them; spectral ones come behind."""
+SPECTRAL = {"tsv_m": "TSV-M", "iso_c": "Iso-C"}
 
 
 def validity(
@@ -37,7 +44,8 @@ def validity(
         run: progress.
 
     Returns:
-        Keys "probe", "experts", "base", "average", "task_arithmetic", "ties", each with accuracies in [0, 1] by task.
+        Keys "probe", "experts", "base", "average", "task_arithmetic", "ties", "tsv_m", "iso_c", each with accuracies in
+        [0, 1] by task.
     """
     run = run or Run()
     tvs, tasks = open_suite(suite, names=names, run=run)
@@ -47,6 +55,8 @@ def validity(
         "average": average(tvs),
         "task_arithmetic": task_arithmetic(tvs),
         "ties": ties(tvs),
+        "tsv_m": tsv_m(tvs),
+        "iso_c": iso_c(tvs),
     }
     found = {"probe": {name: _probe(suite, name, split) for name in tvs.tasks}}
     found["experts"] = {name: _score(tasks, add(tvs.base, tvs.of(name)), name, split) for name in tvs.tasks}
@@ -90,6 +100,25 @@ def complaints(found: Mapping[str, ACCURACIES]) -> list[str]:
     if score["task_arithmetic"] > 90:
         wrong.append(f"Task Arithmetic reaches {score['task_arithmetic']:.1f} % of the experts; 90 leaves no room.")
     return wrong
+
+
+def disorder(found: Mapping[str, ACCURACIES]) -> list[str]:
+    """Where the known order of merges is broken: averaging < Task Arithmetic 0.3 <= TIES < TSV-M, Iso-C.
+
+    Experts that went far from their base break it, for then the best scale of Task Arithmetic is far below 0.3.
+
+    >>> scores = {"experts": 0.9, "average": 0.5, "task_arithmetic": 0.6, "ties": 0.5, "tsv_m": 0.8, "iso_c": 0.7}
+    >>> disorder({label: {"a": accuracy} for label, accuracy in scores.items()})
+    ['TIES (55.6) is below Task Arithmetic 0.3 (66.7).']
+    """
+    score = {label: normalised(accuracies, found["experts"]) for label, accuracies in found.items()}
+    names = KNOWN | SPECTRAL
+    pairs = [*pairwise(KNOWN), *(("ties", better) for better in SPECTRAL)]
+    return [
+        f"{names[better]} ({score[better]:.1f}) is below {names[worse]} ({score[worse]:.1f})."
+        for worse, better in pairs
+        if score[better] < score[worse]
+    ]
 
 
 def _score(tasks: Tasks, weights: Weights, task: str, split: Split) -> float:
