@@ -46,6 +46,8 @@ def main() -> None:
     out = Path(sys.argv[1])
     lines = ["# What came out", "", "Written by `python bench/flagship_report.py docs/experiments`; do not edit.", ""]
     for suite in ("vision", "text"):
+        version = json.loads((out / "cells" / f"{suite}-experts.json").read_text())["version"]
+        lines += [f"All of {suite} stands on version {version} of the suite.", ""]
         lines += [f"## {suite}: starts alone", "", *references(out, suite), ""]
     for suite, name, design, factors in FACTORIALS:
         lines += fraction(out, suite, name, list(design(suite)), factors)
