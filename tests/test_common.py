@@ -176,6 +176,7 @@ TABLE = {
     "nearswap": Row({"t": 0.1}, permutes=False, scales=False, single=({"t": 10.0}, 1.0), experts=1),
     "negate": Row(single=({}, -1.0)),
     "nuslerp": Row({"weight": [0.3, 0.7]}, permutes=False, single=None, experts=2, rounds=True),
+    "only": Row({"experts": ["b"]}, single=None),
     "passthrough": Row(permutes=False, experts=1),
     "pcb": Row({"keep": 0.5}, single=({"keep": 1.0, "clip": 0.0, "scale": 1.0}, 1.0)),
     "peft": Row(

@@ -101,6 +101,7 @@ if TYPE_CHECKING:
     from calmerge.methods.wudi import wudi as wudi
     from calmerge.pieces.equal_norms import equal_norms as equal_norms
     from calmerge.pieces.mask import load_masks as load_masks
+    from calmerge.pieces.only import only as only
     from calmerge.pieces.truncate import truncate as truncate
     from calmerge.suites.suite import load_suite as load_suite
     from calmerge.tasks.base import Task as Task
@@ -180,6 +181,7 @@ _HOME = {
     "multislerp": "methods.multislerp",
     "nearswap": "methods.nearswap",
     "nuslerp": "methods.nuslerp",
+    "only": "pieces.only",
     "open_checkpoint": "_checkpoint",
     "open_merged": "_merged",
     "open_suite": "tasks.hf",

@@ -196,6 +196,54 @@ def test_modules_are_told_by_names(models: Path) -> None:
         load_mergekit("c.yml")
 
 
+def test_modules_may_be_merged_from_different_models(models: Path) -> None:
+    for name, x in (("a", 1.0), ("b", 3.0), ("c", 8.0)):
+        (models / name).mkdir(exist_ok=True)
+        tensors = {f"{t}.h.{i}.w": torch.full((1,), x) for t in ("text", "vision") for i in range(2)}
+        save_file(tensors | {"projector.w": torch.full((1,), x)}, models / name / "model.safetensors")
+
+    def found(method: str, *modules: str) -> dict[str, float]:
+        (models / "c.yml").write_text(f"merge_method: {method}\nmodules:\n" + "".join(f"  {m}\n" for m in modules))
+        return {name: tensor.item() for name, tensor in merged(load_mergekit("c.yml")).items()}
+
+    def weighted(**weights: float) -> str:
+        models = ", ".join(f"{{model: {name}, parameters: {{weight: {w}}}}}" for name, w in weights.items())
+        return f"{{models: [{models}]}}"
+
+    linear = found(
+        "linear", f"text: {weighted(a=1, b=1)}", f"vision: {weighted(c=1, a=3)}", f"projector: {weighted(c=1)}"
+    )
+    assert linear == {
+        "projector.w": 8,
+        **{f"text.h.{i}.w": 2 for i in range(2)},
+        **{f"vision.h.{i}.w": 2.75 for i in range(2)},
+    }
+    taken = found(
+        "passthrough",
+        "text: {models: [{model: b}]}",
+        "vision: {models: [{model: c}]}",
+        "projector: {models: [{model: a}]}",
+    )
+    assert taken == {
+        "projector.w": 1,
+        **{f"text.h.{i}.w": 3 for i in range(2)},
+        **{f"vision.h.{i}.w": 8 for i in range(2)},
+    }
+    added = found(
+        "task_arithmetic\nbase_model: a",
+        f"text: {weighted(b=1)}",
+        f"vision: {weighted(b=0.5, c=1)}",
+        f"projector: {weighted(c=2)}",
+    )
+    assert added == {
+        "projector.w": 15,
+        **{f"text.h.{i}.w": 3 for i in range(2)},
+        **{f"vision.h.{i}.w": 9 for i in range(2)},
+    }
+    with pytest.raises(UsageError, match="takes at least 1 besides base_model; here: none"):
+        found("task_arithmetic\nbase_model: a", f"text: {weighted(b=1)}", f"vision: {weighted(a=1)}")
+
+
 def test_patterns_tell_every_group_apart() -> None:
     names = [f"h.{i}.{part}.w" for i in range(12) for part in ("attn.q", "attn.k", "mlp.up")] + ["norm.w"]
     groups: dict[int, list[str]] = {}

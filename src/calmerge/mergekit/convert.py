@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,10 @@ def _check_places(document: Document, names: Sequence[str], folder: Path) -> Non
     raise_together(list(dict.fromkeys(problems)), CheckpointError)
 
 
+_Call = tuple[Options, tuple[int, ...] | None]
+"""Options of a method, and which of the sources it is called on; None for all."""
+
+
 @dataclass(frozen=True)
 class _Tensor:
     """One tensor of the result: its name, its module's parameters, its depth, and its name in each source."""
@@ -138,15 +142,15 @@ class _Conversion:
         modules = list(self.document.modules)
         if len(modules) == 1:
             return [(slice, modules) for slice in modules[0].slices]
-        models = [[s.model for s in m.slices[0].sources] for m in modules]
-        if any(len(m.slices) > 1 or m.slices[0].sources[0].layers for m in modules) or any(
-            x != models[0] for x in models
-        ):
+        if any(len(m.slices) > 1 or m.slices[0].sources[0].layers for m in modules):
             raise UsageError(
-                f"{modules[1].where}: several modules are merged only where each has 'models', the same ones in the "
-                "same order. Merge the modules one after the other."
+                f"{modules[1].where}: several modules are merged only where each has 'models', not slices. Merge the "
+                "modules one after the other."
             )
-        return [(modules[0].slices[0], modules)]
+        every: dict[str, Source] = {}
+        for source in (source for module in modules for source in module.slices[0].sources):
+            every.setdefault(str(source.model), source)
+        return [(replace(modules[0].slices[0], sources=list(every.values())), modules)]
 
     # A slice ------------------------------------------------------------------------------------------------
 
@@ -155,7 +159,7 @@ class _Conversion:
         base, sources = self._order(slice)
         if self.document.method == "passthrough":
             groups = self._groups(slice, sources, modules, part)
-            if all(dict(options).get("scale", [1.0]) == [1.0] for options in groups):
+            if all(chosen is None and dict(options).get("scale", [1.0]) == [1.0] for options, chosen in groups):
                 return {"": self._input(sources[0])}
         else:
             groups = self._groups(slice, sources, modules, part)
@@ -166,20 +170,20 @@ class _Conversion:
         hints = sorted({e.filter for p in self.document.settings() for s in p.values() for e in s.entries if e.filter})
         ordered = cases(groups, hints)
 
-        def call(options: Options) -> Data:
-            return (
-                {method: {_own(key): list(v) if isinstance(v, tuple) else v for key, v in options}}
-                if options
-                else method
-            )
+        def steps(key: _Call) -> list[Data]:
+            options, chosen = key
+            plain = {_own(key): list(v) if isinstance(v, tuple) else v for key, v in options}
+            some: list[Data] = [] if chosen is None else [{"only": {"experts": [names[i] for i in chosen]}}]
+            return [*some, {method: plain} if plain else method]
 
         if len(ordered) == 1:
-            found["merge"] = [call(ordered[0][0])]
+            found["merge"] = steps(ordered[0][0])
         else:
             listed: list[Data] = []
-            for options, patterns in ordered:
+            for key, patterns in ordered:
                 case: dict[str, Data] = {"tensors": [*patterns]} if patterns else {}
-                listed.append(case | {"merge": call(options)})
+                made = steps(key)
+                listed.append(case | {"merge": made if len(made) > 1 else made[0]})
             found["merge"] = [{"where": listed}]
         return found
 
@@ -204,15 +208,22 @@ class _Conversion:
 
     def _groups(
         self, slice: Slice, sources: Sequence[Source], modules: list[Module], part: Part
-    ) -> dict[Options, list[str]]:
-        """The tensors of a slice by what the method is called with for them."""
+    ) -> dict[_Call, list[str]]:
+        """The tensors of a slice by what the method is called with for them, and on which of the sources."""
         levels = [p for s in sources for p in (s.parameters,)] + [slice.parameters, self.document.parameters]
         levels += [module.parameters for module in modules]
         if len(modules) == 1 and all(setting.constant for level in levels for setting in level.values()):
-            return {self._options(slice, sources, _Tensor("", modules[0], 0.0, [""] * len(sources))): [""]}
-        groups: dict[Options, list[str]] = {}
+            return {(self._options(slice, sources, _Tensor("", modules[0], 0.0, [""] * len(sources))), None): [""]}
+        groups: dict[_Call, list[str]] = {}
+        order = [str(source.model) for source in sources]
         for tensor in self._tensors(sources, modules, part):
-            groups.setdefault(self._options(slice, sources, tensor), []).append(tensor.name)
+            own, chosen = sources, None
+            if len(modules) > 1 and tensor.module.slices:
+                own = self._order(tensor.module.slices[0])[1]
+                places = tuple(order.index(str(source.model)) for source in own)
+                chosen = None if places == tuple(range(len(order))) else places
+                tensor = replace(tensor, names=[tensor.name] * len(own))
+            groups.setdefault((self._options(slice, own, tensor), chosen), []).append(tensor.name)
         return groups
 
     def _options(self, slice: Slice, sources: Sequence[Source], tensor: _Tensor) -> Options:

@@ -64,6 +64,7 @@ _HOME = {
     "nearswap": "methods.nearswap",
     "negate": "pieces.weigh",
     "nuslerp": "methods.nuslerp",
+    "only": "pieces.only",
     "passthrough": "methods.passthrough",
     "pcb": "methods.pcb",
     "peft": "methods.peft",
