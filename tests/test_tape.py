@@ -79,10 +79,10 @@ def test_steps_agree_with_torch_on_zeros_of_either_sign_and_on_rounding_to_even(
         lambda x, y, site: ((x >= y) | (x != y)).float(), lambda x, y, site: torch.stack([x, y]).amax(0),
         lambda x, y, site: x.bfloat16().float() + y, lambda x, y, site: torch.zeros_like(x).copy_(x).mul_(2).add_(y),
     ]  # fmt: skip
-    rounds = torch.equal(edge.abs().sqrt(), edge.abs().double().sqrt().float())  # not so on every processor
+    rounds = torch.equal(edge.abs().sqrt(), edge.abs().double().sqrt().float())  # to the nearest; not so everywhere
     for i, step in enumerate(steps):
         taped, torch_made, is_taped = both(x.map(step, y), "w", slice(0, 40000))
-        assert is_taped or (i == 5 and not rounds), i
+        assert is_taped == (rounds or i != 5), i  # square roots that torch rounds another way are left to it
         assert torch.equal(taped.view(torch.int32), torch_made.view(torch.int32)), i
 
 

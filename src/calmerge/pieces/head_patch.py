@@ -71,8 +71,8 @@ class AffinePatch:
 
     @classmethod
     def of(cls, what: str, weight: Tensor, bias: Tensor) -> "AffinePatch":
-        """The patch that adds to `features` or to `logits`."""
-        return cls(StateDict({f"{what}/weight": weight, f"{what}/bias": bias}))
+        """The patch that adds to `features` or to `logits`; laid out as in a file, for products round by the layout."""
+        return cls(StateDict({f"{what}/weight": weight.contiguous(), f"{what}/bias": bias}))
 
     def apply(self, shared: Weights) -> Weights:
         """The shared vector: all tasks have the same weights."""
