@@ -11,35 +11,44 @@ merges come out in their known order is told as well. To choose how experts are 
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from calmerge._yaml import dump
+from calmerge.suites.finetune import make_experts
 from calmerge.suites.prepare import prepare
-from calmerge.suites.suite import SPLITS, Suite, load_suite, located_data
+from calmerge.suites.suite import SPLITS, Suite, load_suite
 from calmerge.suites.validity import complaints, disorder, normalised, validity
 
 
-def remade(suite: Suite, settings: Sequence[str], out: Path) -> Suite:
+def remade(suite: Suite, settings: Mapping[str, Any], out: Path) -> Suite:
     """The suite with experts by another recipe, in a folder of their own; base and data are the suite's."""
     data = copy.deepcopy(dict(suite.data))
     data.pop("make", None)
-    data["base"] = str(suite.folder / data["base"])
-    changed = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in settings)}
-    data["finetune"] = data.get("finetune", {}) | changed
-    for task in data["tasks"].values():
-        task |= {split: str(located_data(task[split], suite.folder)) for split in SPLITS if split in task}
+    data |= {"base": str(suite.base), "finetune": {**data.get("finetune", {}), **settings}}
+    for name, task in data["tasks"].items():
+        task |= {split: str(getattr(suite.tasks[name], split)) for split in SPLITS if split in task}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "suite.yaml").write_text(yaml.safe_dump(data, allow_unicode=True, sort_keys=False))
+    (out / "suite.yaml").write_text(dump(data))
     return load_suite(out / "suite.yaml")
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """One KEY=VALUE, the value as YAML reads it."""
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got '{text}'")
+    return key, yaml.safe_load(value)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", help="'text', 'vision', or the path of a suite file")
     parser.add_argument("--split", choices=["validation", "test"], default="test")
-    parser.add_argument("--finetune", nargs="+", metavar="KEY=VALUE", help="how experts are made instead")
+    parser.add_argument("--finetune", nargs="+", type=setting, metavar="KEY=VALUE", help="how experts are made instead")
     parser.add_argument("--out", type=Path, help="where these experts are kept")
     args = parser.parse_args()
     if (args.finetune is None) != (args.out is None):
@@ -47,8 +56,10 @@ def main() -> None:
     suite = load_suite(args.suite)
     if args.finetune:
         prepare(suite, [])
-        suite = remade(suite, args.finetune, args.out)
-    prepare(suite)
+        suite = remade(suite, dict(args.finetune), args.out)
+        make_experts(suite.data, suite.folder)  # those of yet another recipe are made again
+    else:
+        prepare(suite)
     found = validity(suite, split=args.split)
     print(f"{'%':16s} norm. " + " ".join(f"{name[:10]:>10s}" for name in suite.tasks))
     for label, accuracy in found.items():

@@ -18,7 +18,7 @@ def test_a_remade_suite_differs_in_how_its_experts_are_made_and_where_they_lie(
     file = tiny_suite.with_name("trained.yaml")
     file.write_text(tiny_suite.read_text().replace("pool:", "train: colours-pool.csv, pool:"))
     suite = load_suite(file)
-    again = validity.remade(suite, ["lr=2e-4", "head=first"], tmp_path / "other")
+    again = validity.remade(suite, {"lr": 2e-4, "head": "first"}, tmp_path / "other")
     assert again.data["finetune"] == {"lr": 2e-4, "head": "first"}
     assert again.base == suite.base
     for name, task in again.tasks.items():

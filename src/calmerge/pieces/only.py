@@ -19,8 +19,8 @@ def only(tvs: TaskVectors, *, experts: Sequence[str]) -> TaskVectors:
     Raises:
         UsageError: no expert is named, one twice, or one that is not there.
 
-    >>> tvs = task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}, "b": {"w": 2 * torch.ones(1)}})
-    >>> only(tvs, experts=["b"])["w"]
+    >>> tvs = task_vectors({"w": torch.zeros(1)}, {"cars": {"w": torch.ones(1)}, "dtd": {"w": 2 * torch.ones(1)}})
+    >>> only(tvs, experts=["dtd"])["w"]
     tensor([[2.]])
 
     Source: what modules with models of their own are in arcee-ai/mergekit (LGPL-3.0; Goddard et al., arXiv 2024).

@@ -6,7 +6,6 @@ suites show.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,9 +26,8 @@ if TYPE_CHECKING:
     from calmerge.suites.suite import Suite
 
 ACCURACIES = Mapping[str, float]
-KNOWN = {"average": "averaging", "task_arithmetic": "Task Arithmetic 0.3", "ties": "TIES"}
-"""Merges in the order in which published suites have them; spectral ones come behind."""
-SPECTRAL = {"tsv_m": "TSV-M", "iso_c": "Iso-C"}
+KNOWN = (("average", "task_arithmetic"), ("task_arithmetic", "ties"), ("ties", "tsv_m"), ("ties", "iso_c"))
+"""Pairs of merges, in published suites the second above the first."""
 
 
 def validity(
@@ -103,20 +101,18 @@ def complaints(found: Mapping[str, ACCURACIES]) -> list[str]:
 
 
 def disorder(found: Mapping[str, ACCURACIES]) -> list[str]:
-    """Where the known order of merges is broken: averaging < Task Arithmetic 0.3 <= TIES < TSV-M, Iso-C.
+    """Where the known order of merges is broken: averaging, Task Arithmetic 0.3, TIES, then TSV-M and Iso-C.
 
     Experts that went far from their base break it, for then the best scale of Task Arithmetic is far below 0.3.
 
     >>> scores = {"experts": 0.9, "average": 0.5, "task_arithmetic": 0.6, "ties": 0.5, "tsv_m": 0.8, "iso_c": 0.7}
     >>> disorder({label: {"a": accuracy} for label, accuracy in scores.items()})
-    ['TIES (55.6) is below Task Arithmetic 0.3 (66.7).']
+    ['ties (55.6) is below task_arithmetic (66.7).']
     """
     score = {label: normalised(accuracies, found["experts"]) for label, accuracies in found.items()}
-    names = KNOWN | SPECTRAL
-    pairs = [*pairwise(KNOWN), *(("ties", better) for better in SPECTRAL)]
     return [
-        f"{names[better]} ({score[better]:.1f}) is below {names[worse]} ({score[worse]:.1f})."
-        for worse, better in pairs
+        f"{better} ({score[better]:.1f}) is below {worse} ({score[worse]:.1f})."
+        for worse, better in KNOWN
         if score[better] < score[worse]
     ]
 
