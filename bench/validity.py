@@ -15,9 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from calmerge._yaml import dump
+from calmerge._yaml import dump, parse
 from calmerge.suites.finetune import make_experts
 from calmerge.suites.prepare import prepare
 from calmerge.suites.suite import SPLITS, Suite, load_suite
@@ -37,11 +35,11 @@ def remade(suite: Suite, settings: Mapping[str, Any], out: Path) -> Suite:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """One KEY=VALUE, the value as YAML reads it."""
+    """One KEY=VALUE, the value as a suite's file has it."""
     key, sign, value = text.partition("=")
     if not sign:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got '{text}'")
-    return key, yaml.safe_load(value)
+    return key, parse(value, text).plain()
 
 
 def main() -> None:
