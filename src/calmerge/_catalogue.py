@@ -145,4 +145,6 @@ class _Headers(Weights):
 
 @cache
 def _toys() -> list[TaskVectors]:
-    return [task_vectors(_Headers(), {task: _Headers() for task in tasks}) for tasks in ("ab", "a", "abc")]
+    """Two experts, one, three; named as the examples of docstrings name them."""
+    experts = [("cars", "dtd"), ("dtd",), ("cars", "dtd", "food")]
+    return [task_vectors(_Headers(), {name: _Headers() for name in names}) for names in experts]

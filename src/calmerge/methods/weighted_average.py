@@ -27,8 +27,8 @@ def weighted_average(
         normalise: divide by the sum of the weights, which must not be 0.
 
     >>> import torch; from calmerge import task_vectors
-    >>> experts = {"a": {"w": torch.tensor([2.0])}, "b": {"w": torch.tensor([4.0])}}
-    >>> weighted_average(task_vectors({"w": torch.tensor([1.0])}, experts), weights={"a": 3.0})["w"] + 1
+    >>> experts = {"cars": {"w": torch.tensor([2.0])}, "dtd": {"w": torch.tensor([4.0])}}
+    >>> weighted_average(task_vectors({"w": torch.tensor([1.0])}, experts), weights={"cars": 3.0})["w"] + 1
     tensor([2.5000])
 
     Source: Wortsman et al., "Model soups", ICML 2022 (soups with learned weights).

@@ -26,8 +26,8 @@ def weigh(tvs: TaskVectors, *, weights: Mapping[str, Number]) -> TaskVectors:
         weights: w, by task; 1 for tasks that are not named.
 
     >>> from calmerge import task_vectors
-    >>> tvs = task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}})
-    >>> weigh(tvs, weights={"b": 0.5})["w"]
+    >>> tvs = task_vectors({"w": torch.zeros(1)}, {"cars": {"w": torch.ones(1)}, "dtd": {"w": torch.ones(1)}})
+    >>> weigh(tvs, weights={"dtd": 0.5})["w"]
     tensor([[1.0000],
             [0.5000]])
 
@@ -53,8 +53,8 @@ def negate(tvs: TaskVectors, *, of: Sequence[str] = ()) -> TaskVectors:
         of: whose vectors are turned round; those of all tasks when none is named.
 
     >>> from calmerge import task_vectors
-    >>> tvs = task_vectors({"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}})
-    >>> negate(tvs, of=["b"])["w"]
+    >>> tvs = task_vectors({"w": torch.zeros(1)}, {"cars": {"w": torch.ones(1)}, "dtd": {"w": torch.ones(1)}})
+    >>> negate(tvs, of=["dtd"])["w"]
     tensor([[ 1.],
             [-1.]])
 
