@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from calmerge._console import console_progress
+from calmerge._run import Run
 from calmerge._yaml import dump, parse
 from calmerge.suites.finetune import make_experts
 from calmerge.suites.prepare import prepare
@@ -51,14 +53,14 @@ def main() -> None:
     args = parser.parse_args()
     if (args.finetune is None) != (args.out is None):
         parser.error("--finetune and --out go together")
-    suite = load_suite(args.suite)
+    suite, run = load_suite(args.suite), Run(progress=console_progress())
     if args.finetune:
-        prepare(suite, [])
+        prepare(suite, [], run=run)
         suite = remade(suite, dict(args.finetune), args.out)
-        make_experts(suite.data, suite.folder)  # those of yet another recipe are made again
+        make_experts(suite.data, suite.folder, run=run)  # those of yet another recipe are made again
     else:
-        prepare(suite)
-    found = validity(suite, split=args.split)
+        prepare(suite, run=run)
+    found = validity(suite, split=args.split, run=run)
     print(f"{'%':16s} norm. " + " ".join(f"{name[:10]:>10s}" for name in suite.tasks))
     for label, accuracy in found.items():
         shares = " ".join(f"{100 * accuracy[name]:10.1f}" for name in suite.tasks)

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from calmerge._run import Run
-from calmerge._weights import StateDict, Weights, add
+from calmerge._task_vectors import materialise
+from calmerge._weights import StateDict, add
 from calmerge.methods.average import average
 from calmerge.methods.iso_c import iso_c
 from calmerge.methods.task_arithmetic import task_arithmetic
 from calmerge.methods.ties import ties
 from calmerge.methods.tsv_m import tsv_m
 from calmerge.suites.classifiers import probe
-from calmerge.tasks.base import Split, Tasks
+from calmerge.tasks.base import Split
 from calmerge.tasks.data import read_examples
 from calmerge.tasks.hf import open_suite
 
@@ -56,11 +57,18 @@ def validity(
         "tsv_m": tsv_m(tvs),
         "iso_c": iso_c(tvs),
     }
-    found = {"probe": {name: _probe(suite, name, split) for name in tvs.tasks}}
-    found["experts"] = {name: _score(tasks, add(tvs.base, tvs.of(name)), name, split) for name in tvs.tasks}
+    found: dict[str, dict[str, float]] = {"probe": {}}
+    with run.progress.track("probes of the base", len(tvs.tasks), "task") as bar:
+        for name in tvs.tasks:
+            found["probe"][name] = _probe(suite, name, split)
+            bar.advance(1, task=name)
+    found["experts"] = {
+        name: tasks.score(tasks.logits(tvs.expert(name), name, split), name, split).accuracy for name in tvs.tasks
+    }
+    base = tvs.base.only_names(tvs.specs)
     for label, delta in deltas.items():
-        merged = StateDict({name: add(tvs.base, delta).read(name) for name in tvs.specs})
-        found[label] = {name: _score(tasks, merged, name, split) for name in tvs.tasks}
+        scores = tasks.evaluate(materialise(add(base, delta)), split, run=run)
+        found[label] = {name: score.accuracy for name, score in scores.items()}
     return found
 
 
@@ -115,10 +123,6 @@ def disorder(found: Mapping[str, ACCURACIES]) -> list[str]:
         for worse, better in KNOWN
         if score[better] < score[worse]
     ]
-
-
-def _score(tasks: Tasks, weights: Weights, task: str, split: Split) -> float:
-    return tasks.score(tasks.logits(weights, task, split), task, split).accuracy
 
 
 def _probe(suite: "Suite", name: str, split: Split) -> float:
