@@ -101,21 +101,17 @@ def keep_by_rank(
 
 def _kept(tensor: Tensor, chances: Tensor, key: tuple[object, ...], offset: int, *, divided: bool) -> Tensor:
     """The entries that stay with the chance of their rank in their row, perhaps divided by it, and 0 for the others."""
-    keys, loops = _sorted(tensor), kernels()
+    loops = kernels()
     if loops is not None:
-        rows = tensor.detach().cpu().float().contiguous().numpy().reshape(keys.shape)
-        limits, out, met = (
-            Limits((1 - chances).numpy()),
-            np.empty(keys.shape, np.float32),
-            np.empty((4096, 2), np.int64),
-        )
-        drawn = draws(rows.size, key, offset).reshape(keys.shape)
-        count = loops.pruned(rows, keys, drawn, chances.numpy(), limits.upper, divided, out, met)
+        rows, limits = _rows(tensor), Limits((1 - chances).numpy())
+        out, met = np.empty_like(rows), np.empty((4096, 2), np.int64)
+        drawn = draws(rows.size, key, offset).reshape(rows.shape)
+        count = loops.pruned(rows, drawn, chances.numpy(), limits.upper, divided, out, met)
         if count <= len(met):
             for i, rank in met[:count].tolist():
                 out.reshape(-1)[i] *= not limits.decide(rank, offset + i, key)
             return torch.from_numpy(out).reshape(tensor.shape).to(tensor.device)
-    chance = _by_rank(keys, chances).reshape(tensor.shape).to(tensor.device)
+    chance = _by_rank(_ordered(tensor), chances).reshape(tensor.shape).to(tensor.device)
     gone = bernoulli(tuple(tensor.shape), 1 - chance, *key, offset=offset).to(tensor.device)
     return masked(tensor / chance if divided else tensor, ~gone)
 
@@ -133,7 +129,7 @@ def ranks(tensor: Tensor) -> Tensor:
     >>> ranks(torch.tensor([3.0, -1.0, 1.0]))
     tensor([1.0000, 0.0000, 0.5000])
     """
-    keys = _sorted(tensor)
+    keys = _ordered(tensor)
     return _by_rank(keys, _line(keys.shape[1])).reshape(tensor.shape)
 
 
@@ -141,19 +137,22 @@ def _line(n: int) -> Tensor:
     return torch.arange(n, dtype=torch.float32) / max(1, n - 1)
 
 
-def _sorted(tensor: Tensor) -> Array:
+def _ordered(tensor: Tensor) -> Array:
     """[rows, n]: the places of the entries of a row by magnitude, in the lower half of each word."""
-    n = tensor.shape[-1] if tensor.dim() else 1
-    bits = tensor.detach().cpu().reshape(-1, n).float().contiguous().numpy().view(np.int32)
-    loops = kernels()
+    rows, loops = _rows(tensor), kernels()
     if loops is not None:
-        keys = np.empty(bits.shape, np.int64)
-        loops.keyed(bits, keys)
-    else:
-        keys = (bits & 0x7FFFFFFF).astype(np.int64) << 32  # magnitudes order like their bits
-        keys |= np.arange(n)
+        keys = np.empty(rows.shape, np.int64)
+        loops.ordered(rows, keys)
+        return keys
+    keys = (rows.view(np.int32) & 0x7FFFFFFF).astype(np.int64) << 32  # magnitudes order like their bits
+    keys |= np.arange(rows.shape[1])
     keys.sort(axis=1)  # of one machine word an entry: far quicker than sorting floats and carrying an index
     return keys
+
+
+def _rows(tensor: Tensor) -> Array:
+    n = tensor.shape[-1] if tensor.dim() else 1
+    return tensor.detach().cpu().float().contiguous().numpy().reshape(-1, n)
 
 
 def _by_rank(keys: Array, line: Tensor) -> Tensor:
