@@ -73,7 +73,7 @@ def test_every_rank_of_a_row_from_any_guess(machine: ModuleType, n: int, guess: 
     row = ((uniform((n,), "row") * 8).floor() - 4).numpy()
     some, spare = (np.empty(size, np.int32) for size in (n + machine.LANES, machine.LANES))
     near = int(np.float32(guess).view(np.int32))
-    found = [machine._nth(row.view(np.int32), rank, near, some, spare) for rank in range(1, n + 1)]
+    found = [machine.nth(row.view(np.int32), rank, near, some, spare) for rank in range(1, n + 1)]
     assert np.array_equal(np.array(found, np.int32).view(np.float32), np.sort(np.abs(row)))
 
 
@@ -133,6 +133,24 @@ def test_ranks_of_equal_magnitudes_go_by_place(monkeypatch: pytest.MonkeyPatch) 
     tensor = torch.tensor([[1.0, -1.0, 1.0, 0.0, -0.0]])
     compiled, plain = both(monkeypatch, lambda: ranks(tensor))
     assert compiled.tolist() == plain.tolist() == [[0.5, 0.75, 1.0, 0.0, 0.25]]
+
+
+@pytest.mark.parametrize("odd", [torch.inf, torch.nan, 1e30, 1e-42])
+def test_order_of_rows_whose_magnitudes_lie_far_apart(odd: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    near = torch.cat([torch.full((300,), odd), 1 + 1e-5 * uniform((3000,), "near"), -uniform((700,), "spread")])
+    rows = torch.stack([near, near.flip(0), (20 * (uniform((4000,), "wide") - 0.5)).exp(), torch.zeros(4000)])
+    compiled, plain = both(monkeypatch, lambda: magprune_file._ordered(rows))
+    assert np.array_equal(compiled, plain)
+    assert (np.diff(compiled[:3]) > 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 20, 5000])
+def test_a_rank_of_many_magnitudes(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = (uniform((n,), "magnitudes") * 300).floor().numpy()
+    row[n // 2 :] = 0
+    ranks = sorted({1, 1 + n // 3, n - n // 5, n})
+    compiled, plain = both(monkeypatch, lambda: [_rank.nth(row, rank) for rank in ranks])
+    assert compiled == plain == np.sort(row)[[rank - 1 for rank in ranks]].tolist()
 
 
 def test_first_of_the_spread_indices_beyond_2_to_the_32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Compiled loops for what goes by rank or at random, where NumPy takes several steps; the bits that come out are its.
 
-They let other threads run. Each stands beside the NumPy lines that it takes the place of: `bracketed` in `_rank`,
-`drawn` in `_random`, `between` in `pieces/middle`, `ordered` in `pieces/magprune`.
+They let other threads run. Each stands beside the NumPy lines that it takes the place of: `bracketed` and `nth` in
+`_rank`, `drawn` in `_random`, `between` in `pieces/middle`, `ordered` in `pieces/magprune`.
 """
 
 from typing import Any
@@ -148,8 +148,8 @@ def between(rows: Array, first: int, last: int, out: Array) -> None:
     low, high = 0, 0
     for r in range(rows.shape[0]):
         bits = rows[r].view(np.int32)
-        low = _nth(bits, first, low, some, spare)  # rows of a tensor are much alike
-        high = _nth(bits, last, high, some, spare)
+        low = nth(bits, first, low, some, spare)  # rows of a tensor are much alike
+        high = nth(bits, last, high, some, spare)
         _kept(rows[r], np.int32(low), np.int32(high), out[r])
 
 
@@ -162,7 +162,7 @@ def _kept(x: Array, low: Any, high: Any, z: Array) -> None:
 
 
 @compiled()
-def _nth(bits: Array, rank: int, guess: int, some: Array, spare: Array) -> int:
+def nth(bits: Array, rank: int, guess: int, some: Array, spare: Array) -> int:
     """The bits of the magnitude of a rank, 1 for the smallest; sooner where it is near a guess.
 
     Args:
@@ -247,7 +247,7 @@ def _ordered(row: Array, keys: Array, bins: Array, ends: Array) -> None:
     ends[:] = 0
     for i in range(n):
         ends[bins[i]] += 1
-    end = np.int32(0)
+    end: Any = 0
     for bin in range(n):
         count = ends[bin]
         ends[bin] = end

@@ -58,7 +58,7 @@ def rank_rounds(weights: Weights, tasks: int, ranks: Callable[[], Sequence[int]]
         return torch.zeros(tasks)
     if numel * tasks <= _GATHERED:
         rows = yield Fold(lambda block, *_: _magnitudes(block, tasks), _chain)
-        return torch.tensor([_nth(row, rank) for row, rank in zip(np.concatenate(rows, 1), k, strict=True)])
+        return torch.tensor([nth(row, rank) for row, rank in zip(np.concatenate(rows, 1), k, strict=True)])
     everything = Bracket(0, _INFINITY, numel)
     brackets = dict(enumerate(_sampled(weights, tasks, k) if weights.elementwise else [everything] * tasks))
     found = [float("nan")] * tasks
@@ -72,7 +72,7 @@ def rank_rounds(weights: Weights, tasks: int, ranks: Callable[[], Sequence[int]]
             elif bracket.low == bracket.high:
                 narrower = float(_float(bracket.low))
             elif isinstance(inside, bytearray):
-                narrower = _nth(np.frombuffer(inside, dtype=np.float32), k[t] - below)
+                narrower = nth(np.frombuffer(inside, dtype=np.float32), k[t] - below)
             else:
                 bracket = inside.bracket(k[t] - below)
                 narrower = float(_float(bracket.low)) if bracket.low == bracket.high else bracket
@@ -205,8 +205,23 @@ def _chain(so_far: list[Array] | None, part: Array) -> list[Array]:
     return [*(so_far or []), part]
 
 
-def _nth(row: Array, rank: int) -> float:
-    return float(np.partition(row, rank - 1)[rank - 1])
+def nth(row: Array, rank: int) -> float:
+    """The magnitude of a rank, 1 for the smallest.
+
+    Args:
+        row: float32 [n], magnitudes.
+        rank: from 1 to n.
+
+    >>> nth(np.float32([3.0, 1.0, 2.0]), 2)
+    2.0
+    """
+    loops = kernels()
+    if loops is None:
+        return float(np.partition(row, rank - 1)[rank - 1])
+    few = np.sort(row[:: 1 + len(row) // _PROBE])
+    guess = few[(rank - 1) * len(few) // len(row)]
+    some, spare = np.empty(len(row) + loops.LANES, np.int32), np.empty(loops.LANES, np.int32)
+    return float(_float(loops.nth(row.view(np.int32), rank, int(guess.view(np.int32)), some, spare)))
 
 
 def _float(bits: int) -> np.float32:

@@ -103,7 +103,7 @@ def test_each_task_and_tensor_has_its_own_draw_whatever_the_order() -> None:
     assert torch.equal(again["w"], swapped["w"])
 
 
-def test_della_elects_and_averages_what_agrees() -> None:
-    tvs = vectors([1.0, 2.0, -1.0], [3.0, -4.0, -1.0])
-    assert della(tvs, rate=0.0, spread=0.0, scale=0.5)["w"].tolist() == [1.0, -2.0, -0.5]
-    assert della_linear(tvs, rate=0.0, spread=0.0, scale=0.5)["w"].tolist() == [2.0, -1.0, -1.0]
+def test_della_elects_and_averages_what_agrees_and_a_sum_of_0_counts_as_plus() -> None:
+    tvs = vectors([1.0, 2.0, -1.0, -3.0], [3.0, -4.0, -1.0, 3.0])
+    assert della(tvs, rate=0.0, spread=0.0, scale=0.5)["w"].tolist() == [1.0, -2.0, -0.5, 1.5]
+    assert della_linear(tvs, rate=0.0, spread=0.0, scale=0.5)["w"].tolist() == [2.0, -1.0, -1.0, 0.0]

@@ -6,7 +6,7 @@ from calmerge._signature import Fraction, Interval, Seed, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge.methods.task_arithmetic import task_arithmetic
-from calmerge.pieces.elect import disjoint, elect
+from calmerge.pieces.fuse import fuse
 from calmerge.pieces.magprune import magprune
 
 
@@ -21,8 +21,8 @@ def della(
     """Drop small entries more often than large ones, elect a sign for every entry, merge the entries that have it.
 
     tau_hat_t = MagPrune(tau_t): the entry of rank r in its row of n is dropped with probability
-    p + epsilon/2 - epsilon r / (n - 1), else divided by what is left of 1; s = sign(sum_t tau_hat_t);
-    delta = lambda times the mean of tau_hat_t,p over the tasks with the sign s_p.
+    p + epsilon/2 - epsilon r / (n - 1), else divided by what is left of 1; s = sign(sum_t tau_hat_t), where 0 counts
+    as plus; delta = lambda times the mean of tau_hat_t,p over the tasks with the sign s_p.
 
     Args:
         tvs: task vectors of T experts.
@@ -38,12 +38,12 @@ def della(
 
     Source: Deep, Bhardwaj, Poria, "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based
     Sampling", arXiv 2024 (2406.11617); declare-lab/della.
-    Differences: a sum of 0 takes the model's majority sign, as in `ties`. `mergekit_della` restores L1 norms instead of
-    dividing by probabilities, and its epsilon is half of the one here.
+    Differences: a sum of 0 counts as plus, as in mergekit; in `ties` it takes the majority sign of the whole model.
+    `mergekit_della` restores L1 norms instead of dividing by probabilities, and its epsilon is half of the one here.
     """
     raise_together(check(della, {"rate": rate, "spread": spread, "scale": scale, "seed": seed}))
     pruned = magprune(tvs, rate=rate, spread=spread, seed=seed)
-    return disjoint(pruned, elect(pruned)).map(lambda tau, site: tau * scale)
+    return fuse(pruned, [1.0] * len(tvs.tasks), vote=True, normalize=True, scale=scale)
 
 
 def della_linear(

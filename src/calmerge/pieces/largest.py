@@ -9,6 +9,7 @@ from torch import Tensor
 
 from calmerge._compiled import kernels
 from calmerge._measure import Fold, Measure, Pass, PerTensor, count, kth_magnitude
+from calmerge._rank import nth
 from calmerge._task_vectors import TaskVectors
 from calmerge._watch import leaf, recording
 from calmerge._weights import ALL, Site, Weights
@@ -159,12 +160,12 @@ def _at_once(tasks: int, counts: Sequence[int] | float) -> Generator[Pass, Any, 
         if k <= 0 or k >= n:
             cuts.append(_whole(torch.tensor([k]), n)[0])
             continue
-        at, limit = np.partition(row, n - k)[n - k], 1 << 32
+        at, limit = nth(row, n - k + 1), 1 << 32
         if at > 0:
             keys, left = _spread(np.flatnonzero(row == at)), k - int(np.count_nonzero(row > at))
             if left < len(keys):
                 limit = int(np.partition(keys, left - 1)[left - 1])
-        cuts.append(torch.tensor([float(at), float(limit)], dtype=torch.float64))
+        cuts.append(torch.tensor([at, float(limit)], dtype=torch.float64))
     return torch.stack(cuts)
 
 
