@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve()
 PIECE = 1 << 20  # bytes of one plain copy
+NUMBA = """import numpy, calmerge._machine, calmerge._kernels
+calmerge._kernels.spread(0, 1, 0, numpy.empty(1, numpy.uint8))"""  # numba imports most of itself at a first call
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": 32000}
 
 
@@ -381,7 +383,7 @@ def _worker(job: Mapping[str, Any]) -> dict[str, Any]:
         base, *experts = job["inputs"]
         tvs = calmerge.task_vectors(base, {Path(e).name: e for e in experts})
         if _compiled.usable(tvs.numel):
-            import calmerge._machine  # and with it numba, which belongs to the start-up
+            exec(NUMBA)  # which belongs to the start-up
 
         def merge(out: Path) -> object:
             delta = METHODS[job["method"]](tvs, **job["options"])
@@ -466,7 +468,7 @@ def _starts(arguments: argparse.Namespace) -> dict[str, float]:
         imports = "import calmerge; calmerge.save, calmerge.ties"
         found["calmerge, imports of a merge"] = _least([sys.executable, "-c", imports], log)
         if importlib.util.find_spec("numba"):
-            imports += "; import calmerge._machine"
+            imports += f"; {NUMBA}"
             found["calmerge, imports of a large merge, with numba"] = _least([sys.executable, "-c", imports], log)
         if arguments.mergekit:
             found["mergekit-yaml --help"] = _least([arguments.mergekit, "--help"], log)

@@ -236,7 +236,8 @@ def _ordered(row: Array, keys: Array, bins: Array, ends: Array) -> None:
         ends: int32 [n], room.
     """
     n, bits, last = row.size, row.view(np.int32), np.float32(row.size - 1)
-    total, some = np.float32(0), 0
+    total: Any = np.float32(0)
+    some: Any = 0
     for i in range(0, n, 8):
         total += abs(row[i])
         some += np.intp(row[i] != 0)
