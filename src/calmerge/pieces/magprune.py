@@ -83,7 +83,7 @@ def keep_by_rank(
             whole = kept(tvs.read(site.name), Site(site.name, 0))
             return whole[:, site.offset : site.offset + tau.shape[1]]
         shape = tuple(tau.shape[1:])
-        result = torch.empty_like(tau)
+        result = tau.new_empty(tau.shape)
         for t, task in enumerate(tvs.tasks):
             if density[t] >= 1:
                 result[t] = tau[t]
@@ -91,7 +91,7 @@ def keep_by_rank(
             width = shape[-1] if shape else 1
             chances = density[t] - epsilon[t] + 2 * epsilon[t] * _line(width) if width > 1 else torch.ones(1)
             key = (seed, site.name, task)
-            result[t] = _kept(tau[t], chances, key, site.offset, divided=rescale == "per_element")
+            _keep(tau[t], chances, key, site.offset, divided=rescale == "per_element", into=result[t])
             if rescale == "l1":
                 result[t] *= _l1(tau[t]) / (_l1(result[t]) or 1.0)
         return result
@@ -99,21 +99,23 @@ def keep_by_rank(
     return tvs if all(d >= 1 for d in density) else tvs.transform(kept, elementwise=rescale != "l1")
 
 
-def _kept(tensor: Tensor, chances: Tensor, key: tuple[object, ...], offset: int, *, divided: bool) -> Tensor:
-    """The entries that stay with the chance of their rank in their row, perhaps divided by it, and 0 for the others."""
+def _keep(
+    tensor: Tensor, chances: Tensor, key: tuple[object, ...], offset: int, *, divided: bool, into: Tensor
+) -> None:
+    """Put the entries that stay with the chance of their rank in their row, perhaps divided by it, and 0 for others."""
     loops = kernels()
-    if loops is not None:
-        rows, limits = _rows(tensor), Limits((1 - chances).numpy())
-        out, met = np.empty_like(rows), np.empty((4096, 2), np.int64)
+    if loops is not None and into.device.type == "cpu" and into.dtype == torch.float32:
+        rows, limits, met = _rows(tensor), Limits((1 - chances).numpy()), np.empty((4096, 2), np.int64)
+        out = into.detach().numpy().reshape(rows.shape)  # a view, since it is contiguous
         drawn = draws(rows.size, key, offset).reshape(rows.shape)
         count = loops.pruned(rows, drawn, chances.numpy(), limits.upper, divided, out, met)
         if count <= len(met):
             for i, rank in met[:count].tolist():
                 out.reshape(-1)[i] *= not limits.decide(rank, offset + i, key)
-            return torch.from_numpy(out).reshape(tensor.shape).to(tensor.device)
+            return
     chance = _by_rank(_ordered(tensor), chances).reshape(tensor.shape).to(tensor.device)
     gone = bernoulli(tuple(tensor.shape), 1 - chance, *key, offset=offset).to(tensor.device)
-    return masked(tensor / chance if divided else tensor, ~gone)
+    into.copy_(masked(tensor / chance if divided else tensor, ~gone))
 
 
 def _l1(tensor: Tensor) -> float:
