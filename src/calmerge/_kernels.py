@@ -65,36 +65,19 @@ def binned(inside: Array, low: int, shift: int, counts: Array, least: Array, mos
 
 
 @compiled()
-def less_than_one(x: Array, limit: int, z: Array, equal: Array) -> int:
-    """Whether each is less than a limit; how many are equal to it.
+def less(x: Array, limits: Array, z: Array, equal: Array) -> int:
+    """Whether each is less than its limit; how many are equal to it.
 
     Args:
         x: uint16 [n].
-        limit: uint16.
+        limits: uint16 [n], or [1] for all.
         z: uint8 [n].
         equal: int64 [most]; the places of the first of those.
     """
-    found = 0
+    found, same = 0, np.full(_FEW, limits[0] if limits.size else np.uint16(0))
     for begin in range(0, x.size, _FEW):
         some, flags, any = x[begin : begin + _FEW], z[begin : begin + _FEW], np.uint16(0)
-        for i in range(some.size):
-            flags[i] = some[i] < limit
-        for i in range(some.size):
-            any |= np.uint16(some[i] == limit)
-        if any:
-            for i in range(some.size):
-                if some[i] == limit:
-                    found = _noted(equal, found, begin + i)
-    return found
-
-
-@compiled()
-def less(x: Array, limits: Array, z: Array, equal: Array) -> int:
-    """As `less_than_one`, with a limit for each."""
-    found = 0
-    for begin in range(0, x.size, _FEW):
-        some, flags, any = x[begin : begin + _FEW], z[begin : begin + _FEW], np.uint16(0)
-        bounds = limits[begin : begin + _FEW]
+        bounds = same if limits.size == 1 else limits[begin : begin + _FEW]
         for i in range(some.size):
             flags[i] = some[i] < bounds[i]
         for i in range(some.size):

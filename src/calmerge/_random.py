@@ -101,9 +101,7 @@ def _below(n: int, share: float | Array, key: tuple[object, ...], offset: int) -
     one, equal = len(limits.upper) == 1, np.empty(n // 4096 + 64, np.int64)
     if loops is not None:
         true: Array = np.empty(n, bool)
-        flags = true.view(np.uint8)
-        upper = limits.upper[0] if one else limits.upper
-        met = (loops.less_than_one if one else loops.less)(drawn, upper, flags, equal)
+        met = loops.less(drawn, limits.upper, true.view(np.uint8), equal)
     else:
         true, met = drawn < limits.upper, len(equal) + 1
     for i in equal[:met] if met <= len(equal) else np.flatnonzero(drawn == limits.upper):
