@@ -1,6 +1,8 @@
 """What the cells of `flagship.py` say: a page of tables, and a picture of the main effects for each suite.
 
 python bench/flagship_report.py docs/experiments        # writes docs/experiments/results.md and effects-*.svg
+
+Of the suites whose cells are in the folder; those of an older version of a suite have a folder of their own.
 """
 
 import json
@@ -44,14 +46,16 @@ FACTORIALS = (
 
 def main() -> None:
     out = Path(sys.argv[1])
-    lines = ["# What came out", "", "Written by `python bench/flagship_report.py docs/experiments`; do not edit.", ""]
-    for suite in ("vision", "text"):
+    told = f"Written by `python bench/flagship_report.py {sys.argv[1]}`; do not edit."
+    lines = ["# What came out", "", told, ""]
+    suites = [suite for suite in ("vision", "text") if (out / "cells" / f"{suite}-experts.json").is_file()]
+    for suite in suites:
         version = json.loads((out / "cells" / f"{suite}-experts.json").read_text())["version"]
         lines += [f"All of {suite} stands on version {version} of the suite.", ""]
         lines += [f"## {suite}: starts alone", "", *references(out, suite), ""]
     for suite, name, design, factors in FACTORIALS:
         lines += fraction(out, suite, name, list(design(suite)), factors)
-    for suite in ("vision", "text"):
+    for suite in suites:
         for name, chosen in (("levers", levers), ("pool", pool), ("rates", rates), ("gates", gates)):
             lines += listed(out, suite, name, list(chosen(suite)))
         for name, design in trials.DESIGNS.items():
@@ -64,6 +68,8 @@ def fraction(
 ) -> list[str]:
     """Main effects of a design with their picture, and its cells."""
     cells = [found for cell in design if (found := read(out, cell))]
+    if not cells:
+        return []
     if len(cells) < len(design):
         return [f"## {suite}, `{name}`", "", f"Not finished: {len(cells)} of {len(design)} cells.", ""]
     lines = [f"## {suite}, `{name}`: main effects of {len(cells)} cells", ""]
