@@ -279,15 +279,11 @@ def _read(node: Node, file: str, folder: Path, methods: Methods, name: str = "re
         parts = {"exclude": suite.exclude, "heads": suite.heads, **parts}
     if "stack" not in parts:
         _check_inputs(node, base, experts, suite, problems)
+    exclude, heads = (tuple(parts.get(key) or ()) for key in ("exclude", "heads"))
     if suite is not None:
         tasks = {n: replace(suite.tasks[n], expert=at) for n, at in plain.items() if n in suite.tasks}
-        suite = replace(
-            suite,
-            base=base if isinstance(base, (Path, str)) else suite.base,
-            tasks=tasks,
-            exclude=tuple(parts.get("exclude") or ()),
-            heads=tuple(parts.get("heads") or ()),
-        )
+        own = base if isinstance(base, (Path, str)) else suite.base
+        suite = replace(suite, base=own, tasks=tasks, exclude=exclude, heads=heads)
     steps: tuple[Step, ...] = ()
     if node.get("merge") is not None:
         steps = read_pipe(node.value["merge"], problems)
@@ -302,8 +298,8 @@ def _read(node: Node, file: str, folder: Path, methods: Methods, name: str = "re
         stack=stack,
         tokenizer=tokenizer,
         chat_template=parts.get("chat_template"),
-        exclude=tuple(parts.get("exclude") or ()),
-        heads=tuple(parts.get("heads") or ()),
+        exclude=exclude,
+        heads=heads,
         tasks=suite,
         seed=parts.get("seed"),
         out=out,

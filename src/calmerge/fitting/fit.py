@@ -149,13 +149,8 @@ def fit(
     best = _Best(watch, params, fitted) if watch else None
     stateful = {**(companions or {}), "optimizer": optim, **({"best": best} if best else {})}
     if state and state.is_file():
-        first = _load(state, key, params, stateful, fitted)
+        first = _load(state, key, params, stateful, fitted, steps)
         run.earlier.append(fitted.seconds)
-        if first > steps:
-            raise UsageError(
-                f"{state.parent} holds the state after {first} updates, more than the {steps} asked for. "
-                "Name another folder, or delete this one."
-            )
     if observe:
         observe(params)
     theta = empty(merged(params), next(iter(params.values())).device)
@@ -331,10 +326,16 @@ def _save(path: Path, key: str, params: Params, stateful: Mapping[str, Stateful]
     os.replace(partial, path)
 
 
-def _load(path: Path, key: str, params: Params, stateful: Mapping[str, Stateful], fitted: Fitted) -> int:
+def _load(path: Path, key: str, params: Params, stateful: Mapping[str, Stateful], fitted: Fitted, steps: int) -> int:
+    """How many updates the saved state has seen; everything else goes where it was."""
     state = torch.load(path, weights_only=True)
     if state["key"] != key:
         raise UsageError(f"{path.parent} holds the state of another run. Name another folder, or delete this one.")
+    if state["step"] > steps:
+        raise UsageError(
+            f"{path.parent} holds the state after {state['step']} updates, more than the {steps} asked for. "
+            "Name another folder, or delete this one."
+        )
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(state["params"][name])
