@@ -57,8 +57,8 @@ def rank_rounds(weights: Weights, tasks: int, ranks: Callable[[], Sequence[int]]
     if not numel:
         return torch.zeros(tasks)
     if numel * tasks <= _GATHERED:
-        rows = yield Fold(lambda block, *_: _magnitudes(block, tasks), _chain)
-        return torch.tensor([nth(row, rank) for row, rank in zip(np.concatenate(rows, 1), k, strict=True)])
+        rows = yield from held(numel, tasks)
+        return torch.tensor([nth(row, rank) for row, rank in zip(rows, k, strict=True)])
     everything = Bracket(0, _INFINITY, numel)
     brackets = dict(enumerate(_sampled(weights, tasks, k) if weights.elementwise else [everything] * tasks))
     found = [float("nan")] * tasks
@@ -97,10 +97,10 @@ class _Search:
         if loops is not None:
             bits = block.detach().cpu().reshape(self._tasks, -1).float().contiguous().numpy().view(np.int32)
             return {t: _bracketed(loops, bits[t], bracket) for t, bracket in self._brackets.items()}
-        magnitudes = _magnitudes(block, self._tasks)
+        sizes = magnitudes(block, self._tasks)
         found = {}
         for t, bracket in self._brackets.items():
-            row = magnitudes[t]
+            row = sizes[t]
             below, upto = row < _float(bracket.low), row <= _float(bracket.high)
             inside = row[np.flatnonzero(below ^ upto)] if bracket.low < bracket.high else row[:0]
             found[t] = int(np.count_nonzero(below)), int(np.count_nonzero(upto)), inside
@@ -177,7 +177,7 @@ def _sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> list[Bracket
             most = min(spec.shape[0], max(1, probe // row_size(spec)))
             first = (int(place) - ends[at] + spec.numel) // row_size(spec)
             rows = slice(min(first, spec.shape[0] - most), min(first, spec.shape[0] - most) + most)
-        blocks.append(_magnitudes(weights.read(names[at], rows), tasks)[:, :probe].copy())
+        blocks.append(magnitudes(weights.read(names[at], rows), tasks)[:, :probe].copy())
     return [_bracket([block[t] for block in blocks], ranks[t], numel) for t in range(tasks)]
 
 
@@ -197,12 +197,34 @@ def _bracket(sample: list[Array], rank: int, numel: int) -> Bracket:
     return Bracket(int(low.view(np.int32)), int(high.view(np.int32)), numel * share / len(pooled))
 
 
-def _magnitudes(block: Tensor, tasks: int) -> Array:
+def held(n: int, tasks: int) -> Generator[Fold, Any, Array]:
+    """All magnitudes, [tasks, n], from one pass over blocks [tasks, ...] that have as many entries in all.
+
+    >>> round, found = held(3, 1), None
+    >>> fold = next(round)
+    >>> for block in torch.tensor([3.0, -1.0]), torch.tensor([2.0]):
+    ...     found = fold.add(found, fold.part(block))
+    >>> found
+    array([[3., 1., 2.]], dtype=float32)
+    """
+    rows, filled = np.empty((tasks, n), np.float32), 0
+
+    def part(block: Tensor, *_: object) -> Array:
+        return block.detach().cpu().reshape(tasks, -1).float().numpy()
+
+    def add(_: Array | None, part: Array) -> Array:
+        nonlocal filled
+        np.abs(part, out=rows[:, filled : filled + part.shape[1]])
+        filled += part.shape[1]
+        return rows
+
+    found: Array = yield Fold(part, add)
+    return found
+
+
+def magnitudes(block: Tensor, tasks: int) -> Array:
+    """Those of a block, [tasks, n]."""
     return block.detach().cpu().reshape(tasks, -1).float().abs().numpy()
-
-
-def _chain(so_far: list[Array] | None, part: Array) -> list[Array]:
-    return [*(so_far or []), part]
 
 
 def nth(row: Array, rank: int) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calmerge._compiled import kernels
 from calmerge._measure import Fold, Measure, Pass, PerTensor, count, kth_magnitude
-from calmerge._rank import nth
+from calmerge._rank import held, magnitudes, nth
 from calmerge._task_vectors import TaskVectors
 from calmerge._watch import leaf, recording
 from calmerge._weights import ALL, Site, Weights
@@ -75,12 +75,12 @@ def among(tensor: Tensor, cut: Tensor, site: Site) -> Tensor:
 def _among(size: Tensor, cut: Tensor, site: Site) -> Tensor:
     """As `among`, in single steps that a tape can say."""
     chosen = []
-    for magnitudes, (at, limit) in zip(size, cut.tolist(), strict=True):
+    for row, (at, limit) in zip(size, cut.tolist(), strict=True):
         if limit < 1 << 32:
-            first = _first(magnitudes.numel(), int(limit), site.offset)
-            chosen.append((magnitudes > at) | ((magnitudes == at) & first))
+            first = _first(row.numel(), int(limit), site.offset)
+            chosen.append((row > at) | ((row == at) & first))
         else:
-            chosen.append(magnitudes >= at)
+            chosen.append(row >= at)
     return torch.stack(chosen)
 
 
@@ -111,7 +111,7 @@ def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
         if not n or bool(((k <= 0) | (k >= n)).all()):
             return Measure((), lambda: _trivial(k, n), passes=0)
     if n * tasks <= _HELD:
-        return Measure((weights,), lambda: _at_once(tasks, counts), passes=1)
+        return Measure((weights,), lambda: _at_once(n, tasks, counts), passes=1)
     number: Measure | None = None
     if isinstance(counts, float):
         varying = count(weights, lambda block: torch.count_nonzero(block.reshape(tasks, -1), 1))
@@ -150,12 +150,11 @@ def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
     return Measure((weights, threshold) if number is None else (weights, threshold, number), rounds, passes=1)
 
 
-def _at_once(tasks: int, counts: Sequence[int] | float) -> Generator[Pass, Any, Tensor]:
+def _at_once(n: int, tasks: int, counts: Sequence[int] | float) -> Generator[Pass, Any, Tensor]:
     """The cut of a tensor that can be held, from its magnitudes."""
-    parts = yield Fold(lambda block, *_: _magnitudes(block, tasks), _chain)
+    rows = yield from held(n, tasks)
     cuts = []
-    for t, row in enumerate(np.concatenate(parts, 1)):
-        n = len(row)
+    for t, row in enumerate(rows):
         k = int(np.count_nonzero(row > 0) * counts) if isinstance(counts, float) else int(counts[t % len(counts)])
         if k <= 0 or k >= n:
             cuts.append(_whole(torch.tensor([k]), n)[0])
@@ -167,14 +166,6 @@ def _at_once(tasks: int, counts: Sequence[int] | float) -> Generator[Pass, Any, 
                 limit = int(np.partition(keys, left - 1)[left - 1])
         cuts.append(torch.tensor([at, float(limit)], dtype=torch.float64))
     return torch.stack(cuts)
-
-
-def _magnitudes(block: Tensor, tasks: int) -> Array:
-    return block.detach().cpu().float().reshape(tasks, -1).abs().numpy()
-
-
-def _chain(so_far: list[Array] | None, part: Array) -> list[Array]:
-    return [*(so_far or []), part]
 
 
 class _Equal:
@@ -191,7 +182,7 @@ class _Equal:
 
     def part(self, block: Tensor, *others: Any) -> dict[int, tuple[int, Array]]:
         """What one block has."""
-        size = _magnitudes(block, self._tasks)
+        size = magnitudes(block, self._tasks)
         found = {}
         for t, (first, width) in self.within.items():
             above = int(np.count_nonzero(size[t] > self._at[t]))
