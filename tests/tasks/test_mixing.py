@@ -83,19 +83,19 @@ def test_keyed_by_seed_and_task() -> None:
     x = torch.arange(8.0).reshape(8, 1).expand(8, 3)
     tasks = Tasks(None, {t: Task(from_loader(DataLoader(TensorDataset(x)))) for t in ("a", "b")})  # type: ignore[arg-type]
     read = {
-        (task, seed): mixed(tasks, 16, seed=seed).split(task, "pool").batch(torch.arange(8, 16))[0]
+        (task, seed): mixed(tasks, 40, seed=seed).split(task, "pool").batch(torch.arange(8, 16))[0]
         for task in ("a", "b")
         for seed in (0, 1)
     }
-    assert torch.equal(read["a", 0], mixed(tasks, 16).split("a", "pool").batch(torch.arange(8, 16))[0])
+    assert torch.equal(read["a", 0], mixed(tasks, 40).split("a", "pool").batch(torch.arange(8, 16))[0])
     assert not torch.equal(read["a", 0], read["b", 0])
     assert not torch.equal(read["a", 0], read["a", 1])
 
 
-def test_pools_grow_to_the_size_asked_for_and_no_further() -> None:
+def test_small_pools_grow_to_the_size_asked_for_and_no_further() -> None:
     pools = {"few": torch.ones(3, 2), "many": torch.ones(8, 2)}
     tasks = Tasks(None, {t: Task(DataLoader(TensorDataset(x))) for t, x in pools.items()})  # type: ignore[arg-type]
-    for size, few, many in ((0, 3, 8), (3, 3, 8), (8, 9, 8), (9, 9, 16)):
+    for size, few, many in ((0, 3, 8), (12, 3, 8), (13, 15, 8), (32, 33, 8), (33, 33, 40)):
         found = mixed(tasks, size)
         assert [len(found.split(t, "pool")) for t in ("few", "many")] == [few, many]
 

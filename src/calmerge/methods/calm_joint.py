@@ -23,7 +23,7 @@ def calm_joint(
     steps: Annotated[int, Interval(0)] = 300,
     lr: Positive = 0.03,
     batch: Count = 16,
-    fill: Annotated[int, Interval(0)] = 512,
+    fill: Annotated[int, Interval(0)] = 2048,
     seed: Seed = 0,
     run: Run | None = None,
 ) -> Weights:
@@ -46,7 +46,8 @@ def calm_joint(
         steps: updates with Adam; its step size falls to 0 along a cosine.
         lr: the step size at first, in units of the reach r of every entry: no entry's scale decides.
         batch: inputs of every task in each update.
-        fill: pools with fewer inputs are filled up with mixtures (`calmerge.tasks.mixing`); 0 takes them as they are.
+        fill: pools with fewer inputs than a quarter of it are filled up with mixtures (`calmerge.tasks.mixing`); 0
+            takes them as they are.
         seed: with the task and the update it decides which inputs are drawn, and with their number what is mixed.
         run: progress, resumable state, and the trace.
 

@@ -12,16 +12,17 @@ from calmerge.tasks.base import Examples, Tasks
 from calmerge.tasks.fingerprint import fingerprint
 
 RUN = 8  # neighbouring positions of a text that stay together
+FEW = 4  # a pool is small where this many times its inputs are too few
 
 
 def mixed(tasks: Tasks, size: int, *, seed: int = 0) -> Tasks:
-    """The same tasks with at least `size` inputs in every pool: behind those it has come mixtures of two of them.
+    """The same tasks with at least `size` inputs in every small pool: behind those it has come mixtures of two of them.
 
     A mixture has no label, and needs none where an expert tells what the merged model should say of it.
 
     Args:
         tasks: their pools are not touched; validation and test stay as they are.
-        size: pools with as many inputs stay as they are, smaller ones grow to the next multiple of theirs.
+        size: pools with a quarter of it or more stay as they are, smaller ones grow to the next multiple of theirs.
         seed: with the task's name and the mixture's number it decides what is mixed.
 
     Raises (when a batch is read):
@@ -32,7 +33,7 @@ def mixed(tasks: Tasks, size: int, *, seed: int = 0) -> Tasks:
     sums, Zhang et al., "mixup", ICLR 2018.
     """
     pools = {task: tasks.split(task, "pool") for task in tasks}
-    times = {task: -(-size // len(pool)) for task, pool in pools.items()}
+    times = {task: -(-size // len(pool)) if FEW * len(pool) < size else 1 for task, pool in pools.items()}
     return tasks.with_pools({task: Mixed(pools[task], n, seed, task) for task, n in times.items() if n > 1})
 
 
