@@ -3,8 +3,8 @@
     python bench/trials.py SUITE DESIGN --out docs/experiments       # goes on where it was interrupted
 
 A trial runs one entry of the league with the suite's options, and is scored on the *validation* split, as in
-`flagship.py`. DESIGN is one of the functions below: `orders` (E2), `pools` and `mixing` (E3), `bad_experts` (E4),
-`heads` (E5), `batches`, `counts` and others.
+`flagship.py`. DESIGN is one of the functions below: `orders` (E2), `pools`, `mixing` and `fills` (E3),
+`bad_experts` (E4), `heads` (E5), `batches`, `counts` and others.
 """
 
 import hashlib
@@ -197,6 +197,13 @@ def mixing(suite: str) -> Iterator[Trial]:
             yield Trial(suite, "distillation_tsv_m", seed, mix=mix, batch=32 if suite == "vision" else 0)
 
 
+def fills(suite: str) -> Iterator[Trial]:
+    """Pools of 64 inputs a task, filled up by mixtures to 512 and to 2,048."""
+    for seed in range(3):
+        for mix in (8, 32):
+            yield Trial(suite, "calm_joint", seed, pool=64, mix=mix)
+
+
 def batches(suite: str) -> Iterator[Trial]:
     """The same examples in batches of 32, 16 and 8, and so more and more updates."""
     for seed in range(3 if suite == "vision" else 1):
@@ -254,6 +261,7 @@ DESIGNS = {
     "orders": orders,
     "pools": pools,
     "mixing": mixing,
+    "fills": fills,
     "batches": batches,
     "bad_experts": bad_experts,
     "heads": heads,
