@@ -107,3 +107,8 @@ def test_della_elects_and_averages_what_agrees_and_a_sum_of_0_counts_as_plus() -
     tvs = vectors([1.0, 2.0, -1.0, -3.0], [3.0, -4.0, -1.0, 3.0])
     assert della(tvs, rate=0.0, spread=0.0, scale=0.5)["w"].tolist() == [1.0, -2.0, -0.5, 1.5]
     assert della_linear(tvs, rate=0.0, spread=0.0, scale=0.5)["w"].tolist() == [2.0, -1.0, -1.0, 0.0]
+
+
+def test_rows_without_entries() -> None:
+    tvs = vectors(torch.ones(3, 0), torch.ones(3, 0))
+    assert della(tvs)["w"].shape == (3, 0)

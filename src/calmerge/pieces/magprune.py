@@ -79,6 +79,8 @@ def keep_by_rank(
 
     def kept(tau: Tensor, site: Site) -> Tensor:
         n = tvs.specs[site.name].numel
+        if not n:
+            return tau
         if tau.dim() == 2 and tau.shape[1] < n:  # a part of a vector, which is one row: rank in all of it
             whole = kept(tvs.read(site.name), Site(site.name, 0))
             return whole[:, site.offset : site.offset + tau.shape[1]]
