@@ -52,7 +52,7 @@ def main() -> None:
     for suite in suites:
         version = json.loads((out / "cells" / f"{suite}-experts.json").read_text())["version"]
         lines += [f"All of {suite} stands on version {version} of the suite.", ""]
-        lines += [f"## {suite}: starts alone", "", *references(out, suite), ""]
+        lines += references(out, suite)
     for suite, name, design, factors in FACTORIALS:
         lines += fraction(out, suite, name, list(design(suite)), factors)
     for suite in suites:
@@ -134,8 +134,9 @@ def read(out: Path, cell: Cell | trials.Trial) -> Mapping[str, Any] | None:
 
 def references(out: Path, suite: str) -> list[str]:
     found = [(start, read(out, Cell(suite, start, "none", "offset", steps=0))) for start in FACTORS["start"]]
-    head = ["| start | mean | worst task |", "| :-- | --: | --: |"]
-    return head + [f"| {start} | {one['normalised']:.1f} | {one['worst']:.1f} |" for start, one in found if one]
+    rows = [f"| {start} | {one['normalised']:.1f} | {one['worst']:.1f} |" for start, one in found if one]
+    head = [f"## {suite}: starts alone", "", "| start | mean | worst task |", "| :-- | --: | --: |"]
+    return [*head, *rows, ""] if rows else []
 
 
 def table(found: Mapping[str, Mapping[str, tuple[float, float]]], words: str) -> list[str]:

@@ -235,9 +235,9 @@ def counts(suite: str) -> Iterator[Trial]:
 
 
 def budgets(suite: str) -> Iterator[Trial]:
-    """Four times the suite's updates; CALM also from a spectral start."""
+    """Two and four times the suite's updates; CALM also from a spectral start."""
     for method in (*LEARNING, "calm_tsv_m"):
-        for longer in (1, 4):
+        for longer in (1, 2, 4):
             yield Trial(suite, method, longer=longer)
 
 
