@@ -195,16 +195,16 @@ def spread(first: int, step: int, limit: int, out: Array) -> None:
 
 
 @compiled()
-def ordered(rows: Array, keys: Array) -> None:
+def ordered(rows: Array, keys: Array, room: Array) -> None:
     """For each row its entries by magnitude, those that are equal by their place.
 
     Args:
         rows: float32 [rows, n].
         keys: int64 [rows, n]; bits of the magnitude in the upper half of each word, the place in the lower.
+        room: integers [2, n] that can count to n; the fewer bits they have, the more of them a cache holds.
     """
-    bins, ends = np.empty(rows.shape[1], np.int32), np.empty(rows.shape[1], np.int32)
     for r in range(rows.shape[0]):
-        _ordered(rows[r], keys[r], bins, ends)
+        _ordered(rows[r], keys[r], room[0], room[1])
 
 
 @compiled()
@@ -215,8 +215,8 @@ def _ordered(row: Array, keys: Array, bins: Array, ends: Array) -> None:
     Args:
         row: float32 [n].
         keys: int64 [n], as in `ordered`.
-        bins: int32 [n], room.
-        ends: int32 [n], room.
+        bins: integers [n], room.
+        ends: integers [n], room.
     """
     n, bits, last = row.size, row.view(np.int32), np.float32(row.size - 1)
     total: Any = np.float32(0)
@@ -254,7 +254,9 @@ def _ordered(row: Array, keys: Array, bins: Array, ends: Array) -> None:
 
 
 @compiled()
-def pruned(rows: Array, draws: Array, chance: Array, upper: Array, divided: bool, out: Array, met: Array) -> int:
+def pruned(
+    rows: Array, draws: Array, chance: Array, upper: Array, divided: bool, out: Array, met: Array, room: Array
+) -> int:
     """Entries whose draws are not below the limit of their rank; of how many the draw is equal to it.
 
     Args:
@@ -265,17 +267,26 @@ def pruned(rows: Array, draws: Array, chance: Array, upper: Array, divided: bool
         divided: whether entries are divided by their chances.
         out: float32 [rows, n].
         met: int64 [most, 2]: row times n plus column, and rank, of draws that are equal, which count as kept.
+        room: as for `ordered`.
     """
     n, count = rows.shape[1], 0
-    keys, bins, ends = np.empty(n, np.int64), np.empty(n, np.int32), np.empty(n, np.int32)
+    keys, limits = np.empty(n, np.int64), np.empty(n, np.uint16)
     for r in range(rows.shape[0]):
-        _ordered(rows[r], keys, bins, ends)
-        for rank in range(n):
+        _ordered(rows[r], keys, room[0], room[1])
+        row, drawn, kept = rows[r], draws[r], out[r]
+        for rank in range(n):  # to their places, so that what follows goes from one entry to the next
             i = keys[rank] & 0xFFFFFFFF
-            value = rows[r, i] / chance[rank] if divided else rows[r, i]
-            out[r, i] = value * np.float32(draws[r, i] >= upper[rank])
-            if draws[r, i] == upper[rank]:
-                if count < met.shape[0]:
-                    met[count, 0], met[count, 1] = r * n + i, rank
-                count += 1
+            kept[i], limits[i] = chance[rank], upper[rank]
+        equal = np.uint16(0)
+        for i in range(n):
+            value = row[i] / kept[i] if divided else row[i]
+            kept[i] = value * np.float32(drawn[i] >= limits[i])
+            equal |= np.uint16(drawn[i] == limits[i])
+        if equal:
+            for rank in range(n):
+                i = keys[rank] & 0xFFFFFFFF
+                if drawn[i] == limits[i]:
+                    if count < met.shape[0]:
+                        met[count, 0], met[count, 1] = r * n + i, rank
+                    count += 1
     return count

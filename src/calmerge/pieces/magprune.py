@@ -110,7 +110,7 @@ def _keep(
         rows, limits, met = _rows(tensor), Limits((1 - chances).numpy()), np.empty((4096, 2), np.int64)
         out = into.detach().numpy().reshape(rows.shape)  # a view, since it is contiguous
         drawn = draws(rows.size, key, offset).reshape(rows.shape)
-        count = loops.pruned(rows, drawn, chances.numpy(), limits.upper, divided, out, met)
+        count = loops.pruned(rows, drawn, chances.numpy(), limits.upper, divided, out, met, _room(rows))
         if count <= len(met):
             for i, rank in met[:count].tolist():
                 out.reshape(-1)[i] *= not limits.decide(rank, offset + i, key)
@@ -146,12 +146,17 @@ def _ordered(tensor: Tensor) -> Array:
     rows, loops = _rows(tensor), kernels()
     if loops is not None:
         keys = np.empty(rows.shape, np.int64)
-        loops.ordered(rows, keys)
+        loops.ordered(rows, keys, _room(rows))
         return keys
     keys = (rows.view(np.int32) & 0x7FFFFFFF).astype(np.int64) << 32  # magnitudes order like their bits
     keys |= np.arange(rows.shape[1])
     keys.sort(axis=1)  # of one machine word an entry: far quicker than sorting floats and carrying an index
     return keys
+
+
+def _room(rows: Array) -> Array:
+    n = rows.shape[1]
+    return np.empty((2, n), np.uint16 if n < 1 << 16 else np.int32)
 
 
 def _rows(tensor: Tensor) -> Array:
