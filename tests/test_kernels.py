@@ -144,6 +144,14 @@ def test_order_of_rows_whose_magnitudes_lie_far_apart(odd: float, monkeypatch: p
     assert (np.diff(compiled[:3]) > 0).all()
 
 
+@pytest.mark.parametrize("n", [2**16 - 1, 2**16, 2**24 + 4])
+def test_order_of_rows_longer_than_what_few_bits_count(n: int) -> None:
+    row = torch.ones(1, n)
+    row[0, 0] = 100
+    places = magprune_file._ordered(row)[0] & 0xFFFFFFFF
+    assert np.array_equal(places, np.roll(np.arange(n), -1))
+
+
 @pytest.mark.parametrize("n", [1, 20, 5000])
 def test_a_rank_of_many_magnitudes(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     row = (uniform((n,), "magnitudes") * 300).floor().numpy()

@@ -218,7 +218,7 @@ def _ordered(row: Array, keys: Array, bins: Array, ends: Array) -> None:
         bins: integers [n], room.
         ends: integers [n], room.
     """
-    n, bits, last = row.size, row.view(np.int32), np.float32(row.size - 1)
+    n, bits = row.size, row.view(np.int32)
     total: Any = np.float32(0)
     some: Any = 0
     for i in range(0, n, 8):
@@ -226,8 +226,8 @@ def _ordered(row: Array, keys: Array, bins: Array, ends: Array) -> None:
         some += np.intp(row[i] != 0)
     width = np.float32(n * some / 4) / total if total > 0 else np.float32(0)  # of bins in an entry's units
     for i in range(n):
-        bin = abs(row[i]) * width
-        bins[i] = np.int32(bin) if bin < last else np.int32(last)  # NaN is the largest magnitude
+        place = abs(row[i]) * width
+        bins[i] = min(np.int32(place), np.int32(n - 1)) if place < np.float32(n) else np.int32(n - 1)  # NaN is largest
     ends[:] = 0
     for i in range(n):
         ends[bins[i]] += 1
