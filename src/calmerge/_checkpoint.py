@@ -3,7 +3,7 @@
 import hashlib
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from calmerge._errors import CheckpointError, MissingExtra, did_you_mean
 from calmerge._header import Entry, read_header
 from calmerge._shards import check_index, read_index, shard_files
 from calmerge._watch import Array, Stored, leaf
-from calmerge._weights import ALL, Memo, Spec, StateDict, Weights
+from calmerge._weights import ALL, Memo, Node, Spec, StateDict, Weights
 
 Source = str | Path | Weights | Mapping[str, Tensor] | nn.Module
 
@@ -89,6 +89,10 @@ class Checkpoint(Weights):
         if memo is not None:
             memo[key] = tensor
         return tensor
+
+    def parts(self, name: str) -> Sequence[Node]:
+        """None: it lies in a file."""
+        return ()
 
     def fill(self, rest: memoryview, number: int, at: int) -> None:
         """Bytes of a file, read and not mapped: a mapped file that shrinks ends the process, whatever was checked.
@@ -168,6 +172,10 @@ class _Rows(Stored):
 
     def __call__(self, rows: slice, offset: int, into: Array) -> None:
         self.checkpoint.fill(memoryview(into), self.number, self.first(rows))  # type: ignore[arg-type]
+
+    def of(self, name: str) -> "_Rows":
+        number, entry = self.checkpoint.entries[name]
+        return _Rows(self.checkpoint, number, entry.start, self.row)
 
     def open(self) -> int:
         return self.checkpoint.open(self.number)

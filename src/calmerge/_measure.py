@@ -22,6 +22,7 @@ from calmerge._passes import ahead as ahead
 from calmerge._passes import workers as workers
 from calmerge._passes import worthwhile as worthwhile
 from calmerge._rank import rank_rounds, usual_passes
+from calmerge._reader import Tapes
 from calmerge._run import Run
 from calmerge._weights import BLOCK, Node, Number, Site, Weights
 
@@ -214,6 +215,7 @@ def settle(nodes: Iterable[Node], *, threads: int | None = None, run: Run | None
     True
     """
     threads, run = threads or os.cpu_count() or 1, run or Run()
+    kept: Tapes = {}
     for stage in stages(nodes):
         sizes = [_entries(group) for group in stage]
         shared = [size * 4 * threads > sum(sizes) for size in sizes]  # the others are worked on whole by one thread
@@ -222,18 +224,18 @@ def settle(nodes: Iterable[Node], *, threads: int | None = None, run: Run | None
         with workers(worthwhile(threads, sum(sizes), sum(map(len, grids)))) as pool:
             for group, by_blocks in zip(stage, shared, strict=True):
                 if by_blocks:
-                    _side_by_side(group, partial(ahead, pool, most=2 * threads), run, taping=taping)
+                    _side_by_side(group, partial(ahead, pool, most=2 * threads), run, taping=taping, kept=kept)
             alone = [group for group, by_blocks in zip(stage, shared, strict=True) if not by_blocks]
             alone.sort(key=_entries, reverse=True)  # so that no thread is left with a large one at the end
             if alone:
                 with run.progress.track("measuring", len(alone)) as bar:
-                    for done in ahead(pool, partial(_in_turn, taping=taping), _batches(alone), 2 * threads):
+                    for done in ahead(pool, partial(_in_turn, taping=taping, kept=kept), _batches(alone), 2 * threads):
                         bar.advance(done)
 
 
-def _in_turn(groups: Sequence[Sequence[Measure]], *, taping: bool) -> int:
+def _in_turn(groups: Sequence[Sequence[Measure]], *, taping: bool, kept: Tapes) -> int:
     for group in groups:
-        _side_by_side(group, map, Run(), taping=taping)
+        _side_by_side(group, map, Run(), taping=taping, kept=kept)
     return len(groups)
 
 
@@ -290,7 +292,7 @@ def stages(nodes: Iterable[Node]) -> list[list[list[Measure]]]:
     return [list(groups.values()) for groups in grids]
 
 
-def _side_by_side(group: Sequence[Measure], spread: Spread, run: Run, *, taping: bool) -> None:
+def _side_by_side(group: Sequence[Measure], spread: Spread, run: Run, *, taping: bool, kept: Tapes) -> None:
     """Run the rounds of some measures in step: their first passes as one, then their second, and so on."""
     running: list[tuple[Measure, Generator[Pass, Any, Tensor], Any]] = [(m, m._rounds(), None) for m in group]
     while running:
@@ -301,5 +303,5 @@ def _side_by_side(group: Sequence[Measure], spread: Spread, run: Run, *, taping:
             except StopIteration as done:
                 measure._value = done.value
         work = [(measure.inputs, one) for measure, _, one in going]
-        results = run_passes(work, spread, run, taping=taping) if going else []
+        results = run_passes(work, spread, run, taping=taping, kept=kept) if going else []
         running = [(measure, rounds, found) for (measure, rounds, _), found in zip(going, results, strict=True)]

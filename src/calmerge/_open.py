@@ -16,7 +16,7 @@ from calmerge._side_files import beside
 from calmerge._signature import raise_together
 from calmerge._stack import WHOLE, Part, depth, some_layers, stack_layers
 from calmerge._task_vectors import TaskVectors, task_vectors
-from calmerge._weights import ALL, Memo, Spec, StateDict, Weights, add, digest
+from calmerge._weights import ALL, Memo, Node, Spec, StateDict, Weights, add, digest
 
 if TYPE_CHECKING:
     from calmerge.recipe import Recipe
@@ -94,6 +94,9 @@ class _Origin(Weights):
     @property
     def fingerprint(self) -> str:
         return digest(("zeros", [weights.fingerprint for weights in self.inputs if isinstance(weights, Weights)]))
+
+    def parts(self, name: str) -> Sequence[Node]:
+        return () if self.specs[name].dtype.is_floating_point else (self._first[name],)
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         spec = self.specs[name]

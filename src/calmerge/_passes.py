@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from calmerge._reader import Reader
+from calmerge._reader import Reader, Tapes
 from calmerge._run import Run
 from calmerge._weights import Node, Stretch, Weights, entries, site_of, stretches
 
@@ -52,8 +52,9 @@ class Spread(Protocol):
 
 
 def run_passes(
-    work: Sequence[tuple[Sequence[Node], Pass]], spread: Spread, run: Run, *, taping: bool | None = None
-) -> list[Any]:
+    work: Sequence[tuple[Sequence[Node], Pass]], spread: Spread, run: Run,
+    *, taping: bool | None = None, kept: Tapes | None = None,
+) -> list[Any]:  # fmt: skip
     """What every pass makes of its inputs; all have the same names, and every block is read once for all of them.
 
     Args:
@@ -61,12 +62,13 @@ def run_passes(
         spread: how blocks are shared out.
         run: progress in entries.
         taping: whether tapes are worth while, as they are for small weights too where there are many; see `Reader`.
+        kept: tapes, as for a `Reader`.
     """
     inputs = [n for nodes, _ in work for n in nodes if isinstance(n, Weights)]
     weights = next((w for w in inputs if not w.elementwise), inputs[0])
     folds = [one if isinstance(one, Fold) else Fold(one, added) for _, one in work]
     together = _TOGETHER if all(isinstance(one, Fold) for _, one in work) else 1
-    reader = Reader([node for nodes, _ in work for node in nodes], taping=taping)
+    reader = Reader([node for nodes, _ in work for node in nodes], taping=taping, kept=kept)
 
     def parts(stretch: Stretch) -> tuple[int, list[list[Any]]]:
         n, found = 0, []

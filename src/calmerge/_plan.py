@@ -238,7 +238,7 @@ def _bytes_read(nodes: Iterable[Node], names: Iterable[str]) -> int:
         own: Mapping[str, str] = getattr(node, "names", {})  # of a source under other names
         if isinstance(node, Gathered):
             for source in node.inputs:
-                visit(source, [node.parts[n][1] for n in names if n in node.parts and node.parts[n][0] is source])
+                visit(source, [node.places[n][1] for n in names if n in node.places and node.places[n][0] is source])
         elif isinstance(node, Adapted):
             visit(node.base, names)
             visit(node.source, node.stored(names))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from calmerge._compiled import kernels
-from calmerge._watch import Array, leaf
+from calmerge._watch import Array
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -49,14 +49,7 @@ def bernoulli(shape: tuple[int, ...], share: float | Tensor, *key: object, offse
     """
     n = torch.Size(shape).numel()
     limits = share.cpu().reshape(-1).numpy() if isinstance(share, Tensor) else share
-    drawn = torch.from_numpy(_below(n, limits, key, offset)).reshape(shape)
-    if isinstance(share, Tensor):
-        return drawn
-
-    def again(rows: slice, at: int, into: Array) -> None:
-        into[:] = _below(len(into), share, key, at)
-
-    return leaf(drawn, offset, again)
+    return torch.from_numpy(_below(n, limits, key, offset)).reshape(shape)
 
 
 class Limits:

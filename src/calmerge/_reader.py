@@ -1,7 +1,7 @@
 """Blocks of lazy weights: by a tape where there is one, by torch otherwise; the same to the bit."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,9 @@ from calmerge._weights import ALL, Memo, Node, Number, Site, Weights, row_size, 
 if TYPE_CHECKING:
     from calmerge._tape import Tape
 
+Tapes = dict[Hashable, "tuple[Tape | None, Sequence[Node]]"]
+"""By the way a tensor comes about, its tape; and nodes that must live on for as long as others are told by them."""
+
 _PROBE = 256  # entries of the rows that a tape is recorded on, at least
 _HELD = 2  # blocks of a tape whose inputs are computed: with more they leave the cache, with fewer Python takes longer
 _LONG = 2**15  # entries of a tensor from which on a tape pays
@@ -26,6 +29,7 @@ class Reader:
     Args:
         nodes: weights of the same names, at least one, and numbers, which must have been found.
         taping: whether tapes are made; if enough entries will be read when None.
+        kept: tapes of other readers of this graph, which are used again where tensors are treated alike.
 
     >>> from calmerge import StateDict
     >>> weights = StateDict({"w": torch.tensor([1.0, 2.0])})
@@ -33,8 +37,9 @@ class Reader:
     [tensor([2., 4.]), tensor([1., 2.])]
     """
 
-    def __init__(self, nodes: Sequence[Node], *, taping: bool | None = None) -> None:
+    def __init__(self, nodes: Sequence[Node], *, taping: bool | None = None, kept: "Tapes | None" = None) -> None:
         self._nodes = nodes
+        self._kept: Tapes = {} if kept is None else kept
         self._weights = [node for node in nodes if isinstance(node, Weights)]
         self._lead = self._weights[0]
         self._taping = usable(self._lead.numel) if taping is None else taping
@@ -84,20 +89,59 @@ class Reader:
             return self._tapes.get(name)
         with self._lock:  # not for those that are there: to take one down takes longer than to play it
             if name not in self._tapes:
-                self._tapes[name] = self._recorded(name)
+                self._tapes[name] = self._tape_of(name)
             return self._tapes[name]
 
-    def _recorded(self, name: str) -> "Tape | None":
-        """The tape of one tensor, from a look at some rows in its middle, of which it must give the same bits."""
+    def _tape_of(self, name: str) -> "Tape | None":
         spec = self._lead.specs[name]
         if spec.numel < _LONG or not spec.shape or any(w.whole(name) for w in self._weights):
             return None
+        way = self._way(name)
+        if way in self._kept:
+            tape, _ = self._kept[way]
+            return tape and tape.of(name)
+        tape, particular = self._recorded(name)
+        if way is not None and not particular:
+            self._kept[way] = tape, self._nodes
+        return tape
+
+    def _way(self, name: str) -> Hashable:
+        """How a tensor comes about: the nodes that it is made from, what it is in each, and the numbers it is handed.
+
+        None where nodes do not tell. Tensors of one way have one tape, as long as nothing looks at their names.
+        """
+        found: list[Hashable] = []
+        seen: set[int] = set()
+        site = Site(name, 0)
+
+        def visit(node: Node) -> bool:
+            if isinstance(node, Number):
+                number = node.at(site)
+                found.append((number.dtype, number.shape, _bytes(number.cpu()).tobytes()))
+                return True
+            assert isinstance(node, Weights)
+            found.append(id(node.uncut))
+            if id(node) in seen:
+                return True
+            seen.add(id(node))
+            parts = node.parts(name)
+            found.append((node.specs[name], None if parts is None else len(parts)))
+            return parts is not None and all(map(visit, parts))
+
+        return tuple(found) if all(map(visit, self._weights)) else None
+
+    def _recorded(self, name: str) -> "tuple[Tape | None, bool]":
+        """The tape of one tensor, from a look at some rows in its middle, of which it must give the same bits.
+
+        Also whether it is of this tensor alone.
+        """
+        spec = self._lead.specs[name]
         from calmerge._recorder import Recorder, Unrecordable
 
         # with two rows no dimension of a block is mistaken for that of tasks
         count = max(2, -(-_PROBE // row_size(spec)))
         if count >= spec.shape[0]:
-            return None
+            return None, False
         # not its first rows: what is read elsewhere than it should be would not show there
         rows = slice((spec.shape[0] - count) // 2, (spec.shape[0] + count) // 2)
         offset = site_of(self._lead, name, rows).offset
@@ -108,12 +152,12 @@ class Reader:
                 seen = [node.read(name, rows, memo) for node in self._weights]
                 tape = recorder.tape(seen)
         except Unrecordable:
-            return None
+            return None, recorder.particular
         if tape is None:
-            return None
+            return None, recorder.particular
         with tape.opened() as handles:
             played = tape.play(self._shape(name, rows), rows, offset, handles)
-        return tape if played and all(map(_same, played, seen)) else None
+        return (tape if played and all(map(_same, played, seen)) else None), recorder.particular
 
 
 class Remade:
@@ -123,11 +167,19 @@ class Remade:
         fn: the computation.
         inputs: of it.
         name: of the tensor it works on.
+        kept: as for a `Reader`.
     """
 
-    def __init__(self, fn: Callable[..., Tensor], inputs: Sequence[Node], name: str) -> None:
-        self._fn, self._name = fn, name
-        self._reader = Reader(inputs, taping=True)
+    def __init__(
+        self, fn: Callable[..., Tensor], inputs: Sequence[Node], name: str, kept: "Tapes | None" = None
+    ) -> None:
+        self._fn, self._inputs, self._name = fn, inputs, name
+        self._kept: Tapes = {} if kept is None else kept
+        self._reader = Reader(inputs, taping=True, kept=self._kept)
+
+    def of(self, name: str) -> "Remade":
+        """What does so for another tensor."""
+        return Remade(self._fn, self._inputs, name, self._kept)
 
     def __call__(self, rows: slice, offset: int, into: Array) -> None:
         """Compute some rows."""

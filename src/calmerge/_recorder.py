@@ -23,6 +23,7 @@ from calmerge import _machine as machine
 from calmerge._machine import Step
 from calmerge._tape import LOADS, Input, Output, Tape, assembled
 from calmerge._watch import Array, Fill, watching
+from calmerge._weights import Site
 
 _UNSET = -1  # the value of memory that was reserved and not yet written
 _FLAGS = (torch.bool, torch.uint8)
@@ -32,12 +33,47 @@ class Unrecordable(Exception):
     """Something that a tape cannot say."""
 
 
+class _Watched(Site):
+    """A site that knows whether it was looked at."""
+
+    seen: bool
+
+    def __new__(cls, site: Site) -> "_Watched":
+        made = super().__new__(cls, *site)
+        made.seen = False
+        return made
+
+    def __getattribute__(self, name: str) -> Any:
+        if name not in ("seen", "__class__"):
+            object.__setattr__(self, "seen", True)
+        return object.__getattribute__(self, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.seen = True
+        return super().__iter__()
+
+    def __getitem__(self, index: Any) -> Any:
+        self.seen = True
+        return super().__getitem__(index)
+
+    def __eq__(self, other: object) -> bool:
+        self.seen = True
+        return super().__eq__(other)
+
+    def __hash__(self) -> int:
+        self.seen = True
+        return super().__hash__()
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Takes down what is done to the planes of a block while it is entered.
 
     Args:
         n: entries of the rows that are looked at; large enough that nothing else has as many.
         offset: the index of the first entry of these rows, which tells whether inputs are read at the same place.
+
+    Attributes:
+        particular: whether something looked at which tensor this is, or where in it, so that no other is like it.
     """
 
     def __init__(self, n: int, offset: int) -> None:
@@ -52,6 +88,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._count = 0
         self._kept: list[object] = []  # so that no address is used twice
         self._paused = False
+        self.particular = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -70,18 +107,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note an input."""
         self._load(tensor, offset, fill)
 
-    def computed(self, fn: Callable[[], Tensor], offset: int, again: Callable[[], Fill]) -> Tensor:
+    def computed(self, fn: Callable[[Site], Tensor], site: Site, again: Callable[[], Fill]) -> Tensor:
         """What `fn` makes; where that cannot be taken down, it becomes an input."""
-        before = len(self._steps)
+        before, watched = len(self._steps), _Watched(site)
         try:
-            made = fn()
+            made = fn(watched)
             self._planes(made, self._suffix(made))
+            self.particular |= watched.seen
             return made
         except Unrecordable:  # what was taken down is left out where nobody asks for it, but for this
             self._steps[before:] = [step for step in self._steps[before:] if step.op != machine.FINITE]
         with self._looking_away():
-            made = fn().contiguous()
-        if not self._load(made, offset, again(), made=True):
+            made = fn(site).contiguous()
+        if not self._load(made, site.offset, again(), made=True):
             raise Unrecordable("a computation that does not give planes")
         return made
 

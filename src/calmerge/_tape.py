@@ -7,7 +7,7 @@ inputs, works on them step by step, and stores those that come out. A `Recorder`
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +80,10 @@ class Tape:
     def streams(self) -> bool:
         """Whether nothing that is loaded has to be computed first, so that little is held, whatever the block."""
         return not any(one.made for one in self.inputs)
+
+    def of(self, name: str) -> "Tape":
+        """The tape of another tensor that is treated alike."""
+        return replace(self, inputs=[one._replace(fill=one.fill.of(name)) for one in self.inputs])
 
     @contextmanager
     def opened(self) -> Iterator[list[int]]:

@@ -61,6 +61,10 @@ class TaskVectors(Weights):
         """Whether the task vectors of this tensor must be computed for all rows at once."""
         return self._source.whole(name)
 
+    def parts(self, name: str) -> Sequence[Node]:
+        """What they are read from."""
+        return self.inputs
+
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The task vectors of one tensor, or of some of its rows: [T, rows, ...], float32."""
         return self._source.read(name, rows, memo)
@@ -377,6 +381,9 @@ class _Deltas(Weights):
 
     def only(self, index: Sequence[int]) -> "_Deltas":
         return _Deltas(self._base, [self.experts[i] for i in index], self.specs)
+
+    def parts(self, name: str) -> Sequence[Node]:
+        return self.inputs
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         memo = {} if memo is None else memo

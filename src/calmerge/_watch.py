@@ -3,11 +3,14 @@
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from calmerge._weights import Site
 
 Array = np.ndarray[Any, np.dtype[Any]]
 watching = threading.local()
@@ -20,12 +23,19 @@ class Fill(Protocol):
     def __call__(self, rows: slice, offset: int, into: Array, /) -> None:
         """The `rows` of a tensor, the first entry of which is number `offset`, as bytes."""
 
+    def of(self, name: str, /) -> "Fill":
+        """What does the same for another tensor that is treated alike."""
+
 
 class Stored(ABC):
     """A `Fill` from a file, which the machine may read by itself."""
 
     @abstractmethod
     def __call__(self, rows: slice, offset: int, into: Array, /) -> None:
+        """As any `Fill`."""
+
+    @abstractmethod
+    def of(self, name: str, /) -> "Stored":
         """As any `Fill`."""
 
     @abstractmethod
@@ -56,18 +66,18 @@ def leaf(tensor: Tensor, offset: int, fill: Fill) -> Tensor:
     return tensor
 
 
-def computed(fn: Callable[[], Tensor], offset: int, again: Callable[[], Fill]) -> Tensor:
+def computed(fn: Callable[["Site"], Tensor], site: "Site", again: Callable[[], Fill]) -> Tensor:
     """What `fn` makes of a block; a recorder that cannot take down how notes it as an input.
 
     Args:
         fn: what a computation does to a block.
-        offset: the index of the first entry.
+        site: where that is.
         again: gives what does the same to other rows.
     """
     recorder = getattr(watching, "recorder", None)
     if recorder is None:
-        return fn()
-    made: Tensor = recorder.computed(fn, offset, again)
+        return fn(site)
+    made: Tensor = recorder.computed(fn, site, again)
     return made
 
 

@@ -2,7 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -75,6 +76,7 @@ class Weights(Node, Mapping[str, Tensor]):
 
     specs: Mapping[str, Spec]
     elementwise: bool = True
+    _uncut: "Weights | None" = None
     folder: Path | None = None
     edits: Mapping[str, bytes | None] = MappingProxyType({})
 
@@ -95,6 +97,16 @@ class Weights(Node, Mapping[str, Tensor]):
         False
         """
         return not self.elementwise
+
+    def parts(self, name: str) -> Sequence[Node] | None:
+        """What a tensor is made of, if all that tells how are these nodes, its spec and theirs.
+
+        Then tensors of which this is the same are treated alike. None where it is not so, or a part has another name.
+
+        >>> StateDict({"w": torch.zeros(2)}).parts("w")
+        ()
+        """
+        return None
 
     def map(
         self, fn: Callable[..., Tensor], *others: Node, elementwise: bool = True, copies: int | None = None
@@ -120,8 +132,14 @@ class Weights(Node, Mapping[str, Tensor]):
         ['b']
         """
         chosen = copy.copy(self)
+        chosen._uncut = self.uncut
         chosen.specs = {name: self.specs[name] for name in names}
         return chosen
+
+    @property
+    def uncut(self) -> "Weights":
+        """The weights from which `only_names` chose these."""
+        return self if self._uncut is None else self._uncut
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
@@ -167,17 +185,31 @@ class StateDict(Weights):
         """The tensor itself, or a view of some of its rows."""
         tensor = self._tensors[name]
         found = tensor if rows == ALL else tensor[rows]
+        return leaf(found, site_of(self, name, rows).offset, _Held(self._tensors, name))
 
-        def fill(some: slice, offset: int, into: Array) -> None:
-            into[:] = tensor[some].detach().contiguous().view(-1).view(torch.uint8).numpy()
-
-        return leaf(found, site_of(self, name, rows).offset, fill)
+    def parts(self, name: str) -> Sequence[Node]:
+        """None: it is there."""
+        return ()
 
     @property
     def fingerprint(self) -> str:
         """A digest of up to 64 entries of every tensor."""
         some = {n: t.detach().flatten()[:: max(1, t.numel() // 64)].tolist() for n, t in self._tensors.items()}
         return digest(sorted(some.items()))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """How a tape reads a tensor that is held."""
+
+    tensors: Mapping[str, Tensor]
+    name: str
+
+    def __call__(self, rows: slice, offset: int, into: Array) -> None:
+        into[:] = self.tensors[self.name][rows].detach().contiguous().view(-1).view(torch.uint8).numpy()
+
+    def of(self, name: str) -> "_Held":
+        return _Held(self.tensors, name)
 
 
 class Computed(Weights):
@@ -214,6 +246,10 @@ class Computed(Weights):
         """Whether `fn`, or an input, needs this tensor whole."""
         return not self._own or name in self._whole
 
+    def parts(self, name: str) -> Sequence[Node]:
+        """Its inputs; whether `fn` looks at the site is seen when it is called."""
+        return self.inputs
+
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The computed tensor; an earlier result for the same block in `memo` is used again."""
         memo = {} if memo is None else memo
@@ -224,7 +260,7 @@ class Computed(Weights):
             else:
                 site = site_of(self, name, rows)
                 values = [value_at(node, site, rows, memo) for node in self.inputs]
-                memo[key] = computed(lambda: self._fn(*values, site), site.offset, lambda: self._again(name))
+                memo[key] = computed(lambda site: self._fn(*values, site), site, lambda: self._again(name))
         return memo[key]
 
     def _again(self, name: str) -> Fill:
@@ -237,34 +273,39 @@ class Gathered(Weights):
     """Tensors from several places under new names, each read from its own when asked for.
 
     Args:
-        parts: by new name, the weights it comes from and its name there.
+        places: by new name, the weights it comes from and its name there.
 
     >>> source = StateDict({"w": torch.ones(1)})
     >>> Gathered({"bert.w": (source, "w")})["bert.w"]
     tensor([1.])
     """
 
-    def __init__(self, parts: Mapping[str, tuple[Weights, str]]) -> None:
-        self.parts = dict(parts)
-        sources = {id(source): source for source, _ in parts.values()}
+    def __init__(self, places: Mapping[str, tuple[Weights, str]]) -> None:
+        self.places = dict(places)
+        sources = {id(source): source for source, _ in places.values()}
         self.inputs = tuple(sources.values())
-        self.specs = {own: source.specs[name] for own, (source, name) in parts.items()}
+        self.specs = {own: source.specs[name] for own, (source, name) in places.items()}
         self.elementwise = all(source.elementwise for source in sources.values())
 
     @property
     def fingerprint(self) -> str:
         """Changes when a source does, or when a tensor comes from elsewhere."""
-        prints = {id(source): source.fingerprint for source, _ in self.parts.values()}
-        return digest([(own, prints[id(source)], theirs) for own, (source, theirs) in self.parts.items()])
+        prints = {id(source): source.fingerprint for source, _ in self.places.values()}
+        return digest([(own, prints[id(source)], theirs) for own, (source, theirs) in self.places.items()])
 
     def whole(self, name: str) -> bool:
         """Whether the tensor must be read whole where it comes from."""
-        source, theirs = self.parts[name]
+        source, theirs = self.places[name]
         return source.whole(theirs)
+
+    def parts(self, name: str) -> Sequence[Node] | None:
+        """The one source of this tensor, where it has the same name there."""
+        source, theirs = self.places[name]
+        return (source,) if theirs == name else None
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         """The tensor where it comes from."""
-        source, theirs = self.parts[name]
+        source, theirs = self.places[name]
         return source.read(theirs, rows, memo)
 
 
@@ -386,6 +427,9 @@ class _Sum(Weights):
 
     def whole(self, name: str) -> bool:
         return self._base.whole(name) or (name in self._delta.specs and self._delta.whole(name))
+
+    def parts(self, name: str) -> Sequence[Node]:
+        return (self._base, self._delta) if name in self._delta.specs else (self._base,)
 
     def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
         memo = {} if memo is None else memo

@@ -17,7 +17,7 @@ from calmerge._checkpoint import sha256
 from calmerge._compiled import usable
 from calmerge._folder import Journal
 from calmerge._measure import ahead, pending, settle, workers, worthwhile
-from calmerge._reader import Reader
+from calmerge._reader import Reader, Tapes
 from calmerge._run import Run
 from calmerge._size import bytes_of
 from calmerge._weights import BLOCK, Stretch, Weights, stretches
@@ -70,9 +70,10 @@ def write_weights(
         if len(hashes) < len(files):
             _settle(weights, threads, run, journal)
         finishing: dict[str, Future[str]] = {}
+        kept: Tapes = {}
         for file, names in files.items():
             if file not in hashes:
-                _write_files({folder / file: weights}, names, chunk, pool, bar)
+                _write_files({folder / file: weights}, names, chunk, pool, bar, kept)
                 finishing[file] = pool.submit(_finish, folder / file, journal)  # while the next one is written
         hashes |= {file: found.result() for file, found in finishing.items()}
     return {file: hashes[file] for file in files} | _write_index(folder, weights, files)
@@ -97,10 +98,11 @@ def write_side_by_side(
     threads = threads or os.cpu_count() or 1
     settle(parts.values(), threads=threads, run=run)
     hashes: dict[Path, dict[str, str]] = {}
+    kept: Tapes = {}
     busy = worthwhile(threads, first.numel, len(first))
     with run.progress.track("writing", first.nbytes * len(parts), "B") as bar, workers(busy) as pool:
         for file, names in files.items():
-            _write_files({folder / file: weights for folder, weights in parts.items()}, names, chunk, pool, bar)
+            _write_files({folder / file: weights for folder, weights in parts.items()}, names, chunk, pool, bar, kept)
         for folder, weights in parts.items():
             hashes[folder] = dict(zip(files, pool.map(sha256, [folder / file for file in files]), strict=True))
             hashes[folder] |= _write_index(folder, weights, files)
@@ -221,7 +223,7 @@ def _finish(file: Path, journal: Journal | None) -> str:
 
 
 def _write_files(
-    parts: Mapping[Path, Weights], names: list[str], chunk: int, pool: ThreadPoolExecutor, bar: Any
+    parts: Mapping[Path, Weights], names: list[str], chunk: int, pool: ThreadPoolExecutor, bar: Any, kept: Tapes
 ) -> None:
     """Write files of one layout, block by block; a block of all of them is computed together."""
     weights = next(iter(parts.values()))
@@ -246,7 +248,7 @@ def _write_files(
             f.truncate(len(head) + end)
             f.flush()
             handles.append(f.fileno())
-        reader = Reader(list(chosen.values()), taping=usable(weights.numel))
+        reader = Reader(list(chosen.values()), taping=usable(weights.numel), kept=kept)
 
         def place(stretch: Stretch) -> int:
             size = 0

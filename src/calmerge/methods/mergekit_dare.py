@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch
-from torch import Tensor
-
-from calmerge._random import bernoulli
 from calmerge._signature import Interval, Seed
 from calmerge._task_vectors import TaskVectors
-from calmerge._weights import Site, Weights
+from calmerge._weights import Weights
+from calmerge.pieces.drop import drop
 from calmerge.pieces.fuse import fuse
 from calmerge.pieces.per_model import FractionPerModel, PerModel, checked
 from calmerge.pieces.rescale import restore_l1
@@ -102,14 +99,4 @@ def keep_at_random(tvs: TaskVectors, density: Sequence[float], *, seed: int) -> 
     tensor([[1., 1., 1.],
             [0., 0., 0.]])
     """
-
-    def kept(tau: Tensor, site: Site) -> Tensor:
-        result = tau.clone()
-        for t, task in enumerate(tvs.tasks):
-            if density[t] < 1:
-                shape = tuple(tau.shape[1:])
-                gone = bernoulli(shape, 1 - density[t], seed, site.name, task, offset=site.offset)
-                result[t].mul_((~gone).view(torch.uint8).to(tau.device))
-        return result
-
-    return tvs if all(d >= 1 for d in density) else tvs.transform(kept)
+    return tvs if all(d >= 1 for d in density) else drop(tvs, [1 - d for d in density], seed=seed)

@@ -1,7 +1,7 @@
 """The largest entries of every tensor, exactly as many as asked for, in any weights that can be read by rows."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,17 +86,25 @@ def _among(size: Tensor, cut: Tensor, site: Site) -> Tensor:
 
 def _first(n: int, limit: int, offset: int) -> Tensor:
     """Whether the spread indices of a block are at most `limit`."""
-
-    def fill(rows: slice, at: int, into: Array) -> None:
-        loops = kernels()
-        if loops is not None:
-            loops.spread(at & 0xFFFFFFFF, _STEP, limit, into)
-        else:
-            into[:] = _spread(np.arange(at, at + len(into))) <= limit
-
-    found = np.empty(n, np.uint8)
+    found, fill = np.empty(n, np.uint8), _Upto(limit)
     fill(ALL, offset, found)
     return leaf(torch.from_numpy(found).view(torch.bool), offset, fill)
+
+
+class _Upto(NamedTuple):
+    """How a tape is told whether spread indices are at most `limit`."""
+
+    limit: int
+
+    def __call__(self, rows: slice, at: int, into: Array) -> None:
+        loops = kernels()
+        if loops is not None:
+            loops.spread(at & 0xFFFFFFFF, _STEP, self.limit, into)
+        else:
+            into[:] = _spread(np.arange(at, at + len(into))) <= self.limit
+
+    def of(self, name: str) -> "_Upto":
+        return self
 
 
 def _spread(index: Array) -> Array:

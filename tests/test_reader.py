@@ -1,0 +1,120 @@
+"""A tape is taken down once for all tensors that are treated alike, and for no others."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import calmerge
+from calmerge import StateDict, _compiled, add, task_vectors
+from calmerge._measure import per_tensor, settle, total
+from calmerge._reader import Reader
+from calmerge._weights import ALL, Gathered, Site, Weights
+from calmerge.pieces.drop import drop
+
+ALIKE = {name: torch.full((400, 128), float(i)) for i, name in enumerate("abc", 1)}
+LOOKS: dict[str, Callable[[Site], bool]] = {
+    "its name": lambda site: site.name == "b", "its first field": lambda site: site[0] == "b",
+    "both fields": lambda site: next(iter(site)) == "b", "where it is": lambda site: site.offset == 0,
+    "all of it": lambda site: site == Site("b", 0), "its hash": lambda site: site in {Site("b", 0)},
+}  # fmt: skip
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tensors of which a tape was taken down."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(_compiled, "LARGE", 0)
+    names: list[str] = []
+    recorded = Reader._recorded
+
+    def noted(self: Reader, name: str) -> Any:
+        names.append(name)
+        return recorded(self, name)
+
+    monkeypatch.setattr(Reader, "_recorded", noted)
+    return names
+
+
+def read(weights: Weights) -> dict[str, Tensor]:
+    """Every tensor in two blocks, by tapes."""
+    reader = Reader([weights])
+    return {n: torch.cat([reader.read(n, slice(0, 100))[0], reader.read(n, slice(100, 400))[0]]) for n in weights}
+
+
+def test_tensors_that_are_treated_alike_have_one_tape(taken: list[str]) -> None:
+    found = read(StateDict(ALIKE).map(lambda w, site: w * 2))
+    assert taken == ["a"]
+    assert {name: w.unique().item() for name, w in found.items()} == {"a": 2.0, "b": 4.0, "c": 6.0}
+
+
+def test_tensors_of_another_shape_or_type_have_their_own(taken: list[str]) -> None:
+    other = {"wide": torch.ones(400, 256), "half": torch.ones(400, 128, dtype=torch.bfloat16)}
+    found = read(StateDict(ALIKE | other).map(lambda w, site: w.float() * 2))
+    assert taken == ["a", "wide", "half"]
+    assert found["wide"].shape == (400, 256)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_looks_at_its_site_is_taken_down_for_each_tensor(look: str, taken: list[str]) -> None:
+    weights = StateDict(ALIKE).map(lambda w, site: w * (3.0 if LOOKS[look](site) else 2.0))
+    found = read(weights)
+    assert taken == ["a", "b", "c"]
+    assert all(torch.equal(found[name], read(weights)[name]) for name in found)
+
+
+def test_a_tensor_that_the_delta_lacks_is_not_like_those_it_has(taken: list[str]) -> None:
+    base = StateDict({name: torch.ones(400, 128) for name in "abc"})
+    found = read(add(base, StateDict({name: ALIKE[name] for name in "ac"})))
+    assert {name: w.unique().item() for name, w in found.items()} == {"a": 2.0, "b": 1.0, "c": 4.0}
+
+
+def test_tensors_from_several_places_are_alike_where_the_place_is_the_same(taken: list[str]) -> None:
+    one, two = (StateDict(ALIKE).map(lambda w, site, k=k: w * k) for k in (2.0, 3.0))
+    places: dict[str, tuple[Weights, str]] = {"a": (one, "a"), "b": (two, "b"), "c": (one, "c")}
+    found = read(Gathered(places).map(lambda w, site: w + 1))
+    assert taken == ["a", "b"]
+    assert {name: w.unique().item() for name, w in found.items()} == {"a": 3.0, "b": 7.0, "c": 7.0}
+
+
+def test_tensors_under_other_names_are_taken_down_for_each(taken: list[str]) -> None:
+    places: dict[str, tuple[Weights, str]] = {"a": (StateDict(ALIKE), "b"), "b": (StateDict(ALIKE), "a")}
+    found = read(Gathered(places).map(lambda w, site: w + 1))
+    assert taken == ["a", "b"]
+    assert {name: w.unique().item() for name, w in found.items()} == {"a": 3.0, "b": 2.0}
+
+
+def test_what_cannot_be_said_is_computed_for_each_tensor_on_the_same_tape(taken: list[str]) -> None:
+    weights = StateDict(ALIKE).map(lambda w, site: w.sort(1).values * ("abc".index(site.name) + 1))
+    found = read(weights.map(lambda w, site: w - 1))
+    assert taken.count("a") == len(taken)
+    assert {name: w.unique().item() for name, w in found.items()} == {"a": 0.0, "b": 3.0, "c": 8.0}
+
+
+def test_draws_are_those_of_each_tensor(taken: list[str]) -> None:
+    same = {name: torch.ones(400, 128) for name in "abc"}
+    tvs = task_vectors({name: torch.zeros(400, 128) for name in "abc"}, {"x": same, "y": same})
+    dropped = drop(tvs, [0.5, 0.25], seed=0)
+    merged = add(tvs.base, calmerge.average(dropped))
+    found = read(merged)
+    assert taken == ["a"]
+    assert all(torch.equal(found[name], merged[name]) for name in "abc")
+    assert not torch.equal(found["a"], found["b"])
+
+
+def test_numbers_of_single_tensors_share_a_tape(taken: list[str]) -> None:
+    tvs = task_vectors({name: torch.zeros(400, 128) for name in "abc"}, {"x": ALIKE})
+    sums = per_tensor(tvs, lambda one: total(one, torch.sum))
+    settle([sums])
+    assert taken == ["a"]
+    assert [sums.at(Site(name, 0)).item() for name in "abc"] == [51200.0, 102400.0, 153600.0]
+
+
+def test_files_share_a_tape(taken: list[str]) -> None:
+    weights = StateDict(ALIKE).map(lambda w, site: w * 2)
+    kept: dict[Any, Any] = {}
+    found = [Reader([weights.only_names([name])], kept=kept).read(name, ALL)[0].unique().item() for name in "abc"]
+    assert taken == ["a"]
+    assert found == [2.0, 4.0, 6.0]
