@@ -70,8 +70,8 @@ class Measure(Number):
         """What a computation at `site` is handed: the number."""
         return self.value()
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "Measure":
-        """The measure `fn(number)`, without another pass.
+    def map(self, fn: Callable[..., Tensor], *others: "Measure") -> "Measure":
+        """The measure `fn(number, *others)`, without another pass.
 
         >>> from calmerge import StateDict
         >>> squares = total(StateDict({"a": torch.tensor([3.0, 4.0])}), lambda w: w.double().square().sum())
@@ -81,9 +81,9 @@ class Measure(Number):
 
         def rounds() -> Generator[Pass, Tensor, Tensor]:
             yield from ()
-            return fn(self.value())
+            return fn(self.value(), *(other.value() for other in others))
 
-        return Measure((self,), rounds, passes=0)
+        return Measure((self, *others), rounds, passes=0)
 
 
 def total(weights: Weights, fn: Callable[[Tensor], Tensor]) -> Measure:
@@ -152,6 +152,10 @@ def kth_magnitude(weights: Weights, k: "int | Sequence[int] | Measure") -> Measu
 class PerTensor(Number):
     """One measure for every tensor: a computation at a site is handed that tensor's number.
 
+    Args:
+        measures: by tensor.
+        factor: see `Number`.
+
     >>> from calmerge import StateDict
     >>> weights = StateDict({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([2.0])})
     >>> norms = per_tensor(weights, lambda w: total(w, lambda x: x.abs().sum()))
@@ -159,8 +163,8 @@ class PerTensor(Number):
     tensor([1.])
     """
 
-    def __init__(self, measures: Mapping[str, Measure]) -> None:
-        self._measures = measures
+    def __init__(self, measures: Mapping[str, Measure], *, factor: bool = False) -> None:
+        self._measures, self.factor = measures, factor
         self.inputs = tuple(measures.values())
 
     def at(self, site: Site) -> Tensor:
@@ -168,9 +172,9 @@ class PerTensor(Number):
         return self._measures[site.name].value()
 
 
-def per_tensor(weights: W, measure: Callable[[W], Measure]) -> PerTensor:
+def per_tensor(weights: W, measure: Callable[[W], Measure], *, factor: bool = False) -> PerTensor:
     """`measure` of each tensor alone; see `PerTensor`."""
-    return PerTensor({name: measure(weights.only_names([name])) for name in weights.specs})
+    return PerTensor({name: measure(weights.only_names([name])) for name in weights.specs}, factor=factor)
 
 
 def pending(nodes: Iterable[Node]) -> list[Measure]:

@@ -117,7 +117,8 @@ class Reader:
         def visit(node: Node) -> bool:
             if isinstance(node, Number):
                 number = node.at(site)
-                found.append((number.dtype, number.shape, _bytes(number.cpu()).tobytes()))
+                told = id(node) if node.factor else _bytes(number.cpu()).tobytes()
+                found.append((number.dtype, number.shape, told))
                 return True
             assert isinstance(node, Weights)
             found.append(id(node.uncut))
@@ -150,7 +151,7 @@ class Reader:
         try:
             with recorder, torch.no_grad():
                 seen = [node.read(name, rows, memo) for node in self._weights]
-                tape = recorder.tape(seen)
+                tape = recorder.tape(seen, name)
         except Unrecordable:
             return None, recorder.particular
         if tape is None:

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calmerge import _machine as machine
 from calmerge._machine import Step
-from calmerge._tape import LOADS, Input, Output, Tape, assembled
+from calmerge._tape import LOADS, Handed, Input, Output, Tape, assembled
 from calmerge._watch import Array, Fill, watching
-from calmerge._weights import Site
+from calmerge._weights import Number, Site
 
 _UNSET = -1  # the value of memory that was reserved and not yet written
 _FLAGS = (torch.bool, torch.uint8)
@@ -81,7 +81,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._n, self._offset = n, offset
         self._values: dict[int, tuple[int, torch.dtype]] = {}  # by address: the value that lies there, and its type
         self._steps: list[Step] = []
-        self._constants: dict[bytes, int] = {}
+        self._constants: dict[bytes | Handed, int] = {}
+        self._handed: dict[int, Handed] = {}  # by address
         self._inputs: list[Input] = []
         self._read: set[int] = set()  # values that are inputs
         self._unrounded: set[int] = set()
@@ -140,6 +141,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._inputs.append(Input(fill, tensor.dtype, count, made))
         return True
 
+    def hand(self, node: Number, number: Tensor) -> None:
+        """Note a number that may have any value."""
+        self._kept.append(number)
+        self._hand(number, [Handed(node, i) for i in range(number.numel())])
+
+    def _hand(self, number: Tensor, what: Sequence["Handed"]) -> None:
+        if number.is_contiguous():
+            for i, one in enumerate(what):
+                self._handed[number.data_ptr() + i * number.itemsize] = one
+
+    def _told(self, number: Tensor) -> "list[Handed] | None":
+        """What was handed to computations as this tensor."""
+        found = [self._handed.get(number.data_ptr() + i * number.itemsize) for i in range(number.numel())]
+        return [one for one in found if one] if number.is_contiguous() and all(found) else None
+
     @contextmanager
     def _looking_away(self) -> Iterator[None]:
         self._paused, watching.recorder = True, None
@@ -159,8 +175,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self._looking_away():
             return bool(np.isfinite(tensor.numpy().sum()))
 
-    def tape(self, results: Sequence[Tensor]) -> Tape | None:
-        """The tape that makes `results`; None where it would only copy.
+    def tape(self, results: Sequence[Tensor], name: str) -> Tape | None:
+        """The tape that makes `results`, blocks of the tensor `name`; None where it would only copy.
 
         Raises:
             Unrecordable: they are not planes.
@@ -171,7 +187,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not result.is_floating_point():
                 raise Unrecordable(str(result.dtype))
             outputs.append(Output(tuple(planes.flat), planes.shape, result.dtype))
-        return assembled(self._steps, self._constants, self._inputs, outputs)
+        with self._looking_away():
+            return assembled(self._steps, self._constants, self._inputs, outputs, name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -188,8 +205,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(result, Tensor) and result.numel() and result.numel() % self._n == 0:
                 self._reserve(result, _FILLED[name](args) if name in _FILLED else None)
             return
-        if not any(isinstance(x, Tensor) and self._known(x) for x in _flat(args)):
-            return  # of numbers
+        tensors = [x for x in _flat(args) if isinstance(x, Tensor)]
+        if not any(map(self._known, tensors)):  # of numbers
+            if self._handed and any(x.data_ptr() in self._handed for x in tensors):
+                self._of_handed(name, tensors, result)
+            return
         if isinstance(result, Tensor) and result.device.type != "cpu":
             raise Unrecordable("another device")
         if name not in _RULES or not isinstance(result, Tensor):
@@ -198,6 +218,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _RULES[name](self, args, kwargs, result)
         except (ValueError, TypeError, IndexError) as e:  # operands of a form that a rule does not know
             raise Unrecordable(f"{func}: {e}") from None
+
+    def _of_handed(self, name: str, tensors: Sequence[Tensor], result: Any) -> None:
+        """Follow numbers into another type; what else is made of them would be that of this tensor alone."""
+        told = self._told(tensors[0])
+        if name in ("_to_copy", "clone") and told and isinstance(result, Tensor):
+            self._hand(result, told)
+        else:
+            self.particular = True
 
     def _reserve(self, result: Tensor, value: float | None) -> None:
         for i in range(result.numel() // self._n):
@@ -236,16 +264,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inner = x.shape[max(0, x.dim() - suffix) :]
         if torch.Size(inner).numel() != 1 or x.dtype not in (torch.float32, torch.float64, *_FLAGS, torch.int64):
             raise Unrecordable("an unknown tensor")
+        told = self._told(x) if self._handed else None
+        if told:
+            return np.array([self._named(one) for one in told]).reshape(x.shape[: max(0, x.dim() - suffix)])
         with torch.no_grad():
             numbers = x.detach().reshape(-1).tolist()
         return np.array([self._constant(float(v)) for v in numbers]).reshape(x.shape[: max(0, x.dim() - suffix)])
 
     def _constant(self, number: float) -> int:
-        single = np.float32(number).tobytes()
-        if single not in self._constants:
-            self._constants[single] = self._count
+        return self._named(np.float32(number).tobytes())
+
+    def _named(self, constant: bytes | Handed) -> int:
+        if constant not in self._constants:
+            self._constants[constant] = self._count
             self._count += 1
-        return self._constants[single]
+        return self._constants[constant]
 
     def _new(self, op: int, a: int, b: int = 0, d: int = 0) -> int:
         self._steps.append(Step(op, self._count, a, b, d))

@@ -17,6 +17,7 @@ from torch import Tensor
 from calmerge import _machine as machine
 from calmerge._machine import Step
 from calmerge._watch import Array, Fill, Stored, watching
+from calmerge._weights import Number, Site
 
 LOADS = {
     torch.bfloat16: (machine.LOAD_BF16, 2), torch.float32: (machine.LOAD_F32, 4),
@@ -50,6 +51,13 @@ class Input(NamedTuple):
         return n * self.planes * LOADS[self.dtype][1]
 
 
+class Handed(NamedTuple):
+    """A constant that is an element of a node's number."""
+
+    node: Number
+    element: int
+
+
 class _Layout(NamedTuple):
     """Where inputs and planes lie for blocks of one size: first bytes, with the end of all as the last one."""
 
@@ -64,6 +72,7 @@ class Tape:
     Args:
         play_all: the steps, compiled.
         constants: that they work with, float32.
+        handed: where among them numbers of nodes stand, which differ from tensor to tensor.
         inputs: what is loaded.
         loads: number of the input and of its plane, for each value that is loaded.
         outputs: what comes out.
@@ -71,6 +80,7 @@ class Tape:
 
     play_all: machine.Player
     constants: Array
+    handed: Mapping[int, Handed]
     inputs: list[Input]
     loads: list[tuple[int, int]]
     outputs: list[Output]
@@ -83,7 +93,8 @@ class Tape:
 
     def of(self, name: str) -> "Tape":
         """The tape of another tensor that is treated alike."""
-        return replace(self, inputs=[one._replace(fill=one.fill.of(name)) for one in self.inputs])
+        inputs = [one._replace(fill=one.fill.of(name)) for one in self.inputs]
+        return replace(self, inputs=inputs, constants=_numbers(self.constants, self.handed, name))
 
     @contextmanager
     def opened(self) -> Iterator[list[int]]:
@@ -167,8 +178,17 @@ def _lent(size: int) -> Iterator[Array]:
         spare.append(room)
 
 
+def _numbers(constants: Array, handed: Mapping[int, Handed], name: str) -> Array:
+    """Constants with the numbers of a tensor in their places."""
+    own = constants.copy() if handed else constants
+    for i, (node, element) in handed.items():
+        own[i] = node.at(Site(name, 0)).detach().reshape(-1)[element].item()
+    return own
+
+
 def assembled(
-    steps: Sequence[Step], constants: Mapping[bytes, int], inputs: Sequence[Input], outputs: Sequence[Output]
+    steps: Sequence[Step], constants: Mapping[bytes | Handed, int], inputs: Sequence[Input], outputs: Sequence[Output],
+    name: str,
 ) -> Tape | None:  # fmt: skip
     """The tape with what nobody uses left out.
 
@@ -177,9 +197,10 @@ def assembled(
 
     Args:
         steps: in order; a load names the number of its input, and of the plane.
-        constants: which value each number is, by its bytes as a float.
+        constants: which value each number is, by its bytes as a float, or the node that it comes from.
         inputs: what may be loaded.
         outputs: what comes out.
+        name: of the tensor.
     """
     stores = []
     rounds = {step.to: step.a for step in steps if step.op == machine.ROUND_BF16}
@@ -213,10 +234,14 @@ def assembled(
     program = machine.player(
         tuple(loads), len(known), tuple(renamed), tuple((op, number[value]) for op, value in stores)
     )
-    values = {value: single for single, value in constants.items()}
+    values = {value: constant for constant, value in constants.items()}
+    numbers = [values[value] for value in known]
+    fixed = b"".join(b"\0\0\0\0" if isinstance(one, Handed) else one for one in numbers)
+    handed = {i: one for i, one in enumerate(numbers) if isinstance(one, Handed)}
     return Tape(
         program,
-        np.frombuffer(b"".join(values[value] for value in known), np.float32),
+        _numbers(np.frombuffer(fixed, np.float32), handed, name),
+        handed,
         [inputs[i] for i in used_inputs],
         [(used_inputs.index(step.a), step.b) for step in loading],
         list(outputs),

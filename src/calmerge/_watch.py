@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from calmerge._weights import Site
+    from calmerge._weights import Number, Site
 
 Array = np.ndarray[Any, np.dtype[Any]]
 watching = threading.local()
@@ -64,6 +64,14 @@ def leaf(tensor: Tensor, offset: int, fill: Fill) -> Tensor:
     if recorder is not None:
         recorder.leaf(tensor, offset, fill)
     return tensor
+
+
+def handed(node: "Number", number: Tensor) -> Tensor:
+    """`number`, noted as that of a node where a recorder is watching, which then takes any other in its place."""
+    recorder = getattr(watching, "recorder", None)
+    if recorder is not None:
+        recorder.hand(node, number)
+    return number
 
 
 def computed(fn: Callable[["Site"], Tensor], site: "Site", again: Callable[[], Fill]) -> Tensor:

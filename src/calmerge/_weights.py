@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from calmerge._watch import Array, Fill, computed, leaf
+from calmerge._watch import Array, Fill, computed, handed, leaf
 
 ALL = slice(None)
 BLOCK = 2**17  # entries that are worked on at a time; those of a number over a model always are
@@ -55,7 +55,14 @@ class Node:
 
 
 class Number(Node):
-    """A node that hands a computation one small tensor, whatever block it is at."""
+    """A node that hands a computation one small tensor, whatever block it is at.
+
+    Attributes:
+        factor: whether computations only take it for an operand between all entries, and never look at it, so that a
+            tape serves for every value.
+    """
+
+    factor: bool = False
 
     def at(self, site: Site) -> Tensor:
         """The tensor for a computation at `site`."""
@@ -339,7 +346,7 @@ def value_at(node: Node, site: Site, rows: slice, memo: Memo) -> Tensor:
     if isinstance(node, Weights):
         return node.read(site.name, rows, memo)
     assert isinstance(node, Number)
-    return node.at(site)
+    return handed(node, node.at(site)) if node.factor else node.at(site)
 
 
 def blocks(weights: Weights, size: int = BLOCK) -> Iterator[tuple[str, slice]]:

@@ -8,7 +8,7 @@ from calmerge import StateDict, TaskVectors, task_vectors
 from calmerge._measure import settle
 from calmerge._random import uniform
 from calmerge._weights import blocks
-from calmerge.pieces.largest import among, keep_largest, largest
+from calmerge.pieces.largest import keep_largest, largest
 
 
 def vectors(*rows: Tensor) -> TaskVectors:
@@ -54,7 +54,7 @@ def test_every_task_has_its_own_count() -> None:
 
 def test_every_tensor_has_its_own_cut() -> None:
     weights = StateDict({"a": torch.tensor([9.0, 8.0]), "b": torch.tensor([0.1, 0.2])})
-    mask = weights.map(among, largest(weights, lambda name, n: [1]))
+    mask = largest(weights, lambda name, n: [1])
     assert {n: mask[n].tolist() for n in mask} == {"a": [True, False], "b": [False, True]}
 
 
@@ -62,7 +62,7 @@ def test_a_share_is_one_of_the_entries_that_are_not_0(monkeypatch: pytest.Monkey
     weights = StateDict({"w": torch.tensor([0.0, 3.0, 1.0, 2.0])})
     for held in (0, 100):
         monkeypatch.setattr("calmerge.pieces.largest._HELD", held)
-        assert weights.map(among, largest(weights, lambda name, n: 0.7))["w"].tolist() == [False, True, False, True]
+        assert largest(weights, lambda name, n: 0.7)["w"].tolist() == [False, True, False, True]
 
 
 def test_a_tensor_that_can_be_held_gets_the_cut_of_one_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:

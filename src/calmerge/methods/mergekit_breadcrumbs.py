@@ -9,7 +9,7 @@ from calmerge._signature import Interval
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.fuse import fuse
-from calmerge.pieces.largest import among, largest
+from calmerge.pieces.largest import largest
 from calmerge.pieces.mask import masked
 from calmerge.pieces.per_model import FractionPerModel, PerModel, checked
 from calmerge.pieces.rescale import restore_l1
@@ -112,7 +112,7 @@ def keep_middle(tvs: TaskVectors, density: Sequence[float], gamma: Sequence[floa
     def rest(name: str, n: int) -> list[int]:  # not too small
         return [min(int(g * n) + int(d * n), n) for d, g in shares]
 
-    def middle(tau: Tensor, large: Tensor, small: Tensor, site: Site) -> Tensor:
-        return masked(tau, among(tau, small, site) & ~among(tau, large, site))
+    def middle(tau: Tensor, large: Tensor, not_small: Tensor, site: Site) -> Tensor:
+        return masked(tau, not_small & ~large)
 
     return tvs.transform(middle, largest(tvs, top), largest(tvs, rest))

@@ -1,15 +1,14 @@
 """Model Stock (Jang et al., ECCV 2024)."""
 
-from collections.abc import Generator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from calmerge._measure import Measure, Pass, PerTensor, total
+from calmerge._measure import Measure, per_tensor, total
 from calmerge._signature import check, raise_together
 from calmerge._task_vectors import TaskVectors
-from calmerge._weights import Site, Weights
+from calmerge._weights import Gathered, Site, Weights
 from calmerge.pieces.blend import averaged
 
 
@@ -44,16 +43,18 @@ def model_stock(
     """
     raise_together(check(model_stock, {"per": per, "angle": angle, "clamp": clamp}))
 
-    def inner_products(name: str, dims: int) -> Measure:
-        by_row = per == "filter" and dims > 1
-        return _LATER if by_row else total(tvs.only_names([name]), lambda tau: _gram(tau.reshape(len(tau), -1)))
+    def ratio(one: TaskVectors) -> Measure:
+        return total(one, lambda tau: _gram(tau.reshape(len(tau), -1))).map(lambda gram: _ratio(gram, angle, clamp))
 
-    def drawn(tau: Tensor, gram: Tensor, site: Site) -> Tensor:
-        found = gram.to(tau.device) if gram.numel() else _gram(tau.flatten(2).movedim(0, 1))  # [rows, N, n]
-        t = _ratio(found, angle, clamp).to(tau)
-        return averaged(tau) * (t.reshape(-1, *[1] * (tau.dim() - 2)) if t.dim() else t)
+    def by_row(tau: Tensor, site: Site) -> Tensor:
+        t = _ratio(_gram(tau.flatten(2).movedim(0, 1)), angle, clamp).to(tau)  # from [rows, N, n]
+        return averaged(tau) * t.reshape(-1, *[1] * (tau.dim() - 2))
 
-    return tvs.reduce(drawn, PerTensor({n: inner_products(n, len(spec.shape)) for n, spec in tvs.specs.items()}))
+    matrices = [n for n, spec in tvs.specs.items() if len(spec.shape) > 1 and per == "filter"]
+    rows = tvs.only_names(matrices).reduce(by_row)
+    whole = tvs.only_names(n for n in tvs if n not in rows)
+    drawn = whole.reduce(lambda tau, t, site: averaged(tau) * t.to(tau), per_tensor(whole, ratio, factor=True))
+    return Gathered({n: (rows if n in rows else drawn, n) for n in tvs})
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -73,12 +74,3 @@ def _ratio(gram: Tensor, angle: str, clamp: bool) -> Tensor:
     cos = cosines.mean(-1) if angle == "mean_cosine" else cosines.acos().mean(-1).cos()
     cos = cos.clamp(min=0) if clamp else cos
     return n * cos / (1 + (n - 1) * cos)
-
-
-def _nothing() -> Generator[Pass, Tensor, Tensor]:
-    yield from ()
-    return torch.zeros(0)
-
-
-_LATER = Measure((), _nothing, passes=0)
-"""Stands for what the block itself tells."""

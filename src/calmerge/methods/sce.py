@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from calmerge._measure import per_tensor, total
+from calmerge._measure import Measure, per_tensor, total
 from calmerge._signature import KeepFraction, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.blend import averaged, per_task, summed, sums
 from calmerge.pieces.fuse import agreement
-from calmerge.pieces.largest import among, largest
+from calmerge.pieces.largest import largest
 from calmerge.pieces.mask import masked
 
 
@@ -71,19 +71,23 @@ def select_calculate_erase(tvs: TaskVectors, select_topk: float, *, floor: float
     """
     chosen = _select(tvs, select_topk) if select_topk < 1 else tvs
     squared = chosen.transform(lambda tau, site: tau.square())
-    squares = per_tensor(squared, lambda w: total(w, sums).map(lambda found: found / w.numel))
 
-    def fused(tau: Tensor, square: Tensor, site: Site) -> Tensor:
-        known = bool(square.sum() > 0) and bool(square.sum() >= floor)
-        share = square / square.sum() if known else torch.full_like(square, 1 / len(square))
+    def shares(w: TaskVectors) -> Measure:
+        return total(w, sums).map(lambda found: _shares(found / w.numel, floor))
+
+    def fused(tau: Tensor, share: Tensor, site: Site) -> Tensor:
         w = per_task(share, tau) * agreement(tau)
         divisor = summed(w)
         return summed(tau * w) / (divisor.clamp(min=floor) if floor else divisor.where(divisor > 0, 1.0))
 
-    return chosen.reduce(fused, squares)
+    return chosen.reduce(fused, per_tensor(squared, shares, factor=True))
+
+
+def _shares(square: Tensor, floor: float) -> Tensor:
+    known = bool(square.sum() > 0) and bool(square.sum() >= floor)
+    return square / square.sum() if known else torch.full_like(square, 1 / len(square))
 
 
 def _select(tvs: TaskVectors, share: float) -> TaskVectors:
     variance = tvs.reduce(lambda tau, site: averaged((tau - averaged(tau)).square_()))
-    cut = largest(variance, lambda name, n: float(share))
-    return tvs.transform(lambda tau, v, at, site: masked(tau, among(v, at, site)), variance, cut)
+    return tvs.transform(lambda tau, kept, site: masked(tau, kept), largest(variance, lambda name, n: float(share)))

@@ -1,17 +1,14 @@
 """Dropping entries at random."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
+from calmerge._flags import Flags
 from calmerge._random import bernoulli
 from calmerge._signature import Fraction, Seed, check, raise_together
 from calmerge._task_vectors import TaskVectors
-from calmerge._watch import Array, leaf
-from calmerge._weights import ALL, Memo, Node, Spec, Weights, site_of
+from calmerge._watch import Array
 
 
 def drop_and_rescale(tvs: TaskVectors, *, rate: Fraction = 0.9, rescale: bool = True, seed: Seed = 0) -> TaskVectors:
@@ -56,48 +53,10 @@ def drop(tvs: TaskVectors, rates: Sequence[float], *, seed: int) -> TaskVectors:
     tensor([[1., 1., 1.],
             [0., 0., 0.]])
     """
+
+    def draw(name: str, task: int, offset: int, into: Array) -> None:
+        rate = rates[task]
+        into[:] = bernoulli(into.shape, rate, seed, name, tvs.tasks[task], offset=offset).numpy() if rate else False
+
     # a product with booleans takes four times as long
-    return tvs.transform(
-        lambda tau, gone, site: tau * (~gone).view(torch.uint8).to(tau.device), _Drawn(tvs, rates, seed)
-    )
-
-
-class _Drawn(Weights):
-    """Booleans [T, ...], each true with the chance of its task."""
-
-    row_dim = 1
-
-    def __init__(self, tvs: TaskVectors, rates: Sequence[float], seed: int) -> None:
-        self._rates, self._seed = dict(zip(tvs.tasks, rates, strict=True)), seed
-        self.inputs, self.elementwise = (tvs,), tvs.elementwise  # beside which they are read
-        self.specs = {name: Spec(spec.shape, torch.bool) for name, spec in tvs.specs.items()}
-
-    def parts(self, name: str) -> Sequence[Node]:
-        return ()
-
-    def read(self, name: str, rows: slice = ALL, memo: Memo | None = None) -> Tensor:
-        spec, offset = self.specs[name], site_of(self, name, rows).offset
-        shape = (len(self._rates), *(spec.shape if rows == ALL else (rows.stop - (rows.start or 0), *spec.shape[1:])))
-        drawn = np.empty(torch.Size(shape).numel(), np.uint8)
-        fill = _Drawing(self, name)
-        fill(rows, offset, drawn)
-        return leaf(torch.from_numpy(drawn).view(torch.bool).view(shape), offset, fill)
-
-    def draw(self, name: str, offset: int, into: Array) -> None:
-        """The draws from an entry on, all of one task and then all of the next."""
-        for (task, rate), row in zip(self._rates.items(), into.reshape(len(self._rates), -1), strict=True):
-            gone = bernoulli(row.shape, rate, self._seed, name, task, offset=offset) if rate else torch.tensor(False)
-            row[:] = gone.numpy()
-
-
-class _Drawing(NamedTuple):
-    """How a tape is handed the draws of a tensor."""
-
-    drawn: _Drawn
-    name: str
-
-    def __call__(self, rows: slice, offset: int, into: Array) -> None:
-        self.drawn.draw(self.name, offset, into)
-
-    def of(self, name: str) -> "_Drawing":
-        return _Drawing(self.drawn, name)
+    return tvs.transform(lambda tau, gone, site: tau * (~gone).view(torch.uint8).to(tau.device), Flags(tvs, draw))

@@ -49,9 +49,9 @@ def spanned(tvs: TaskVectors, coefficients: Coefficients, *, of: Of = "deltas") 
     def found(name: str) -> Measure:
         return total(vectors.only_names([name]), _products).map(lambda gram: coefficients(gram, name))
 
-    numbers = PerTensor({name: found(name) for name in tvs.specs})
-    delta = tvs.reduce(lambda tau, c, site: summed(tau * per_task(c, tau)), numbers)
-    return delta.map(beyond, tvs.base, numbers) if of == "weights" else delta
+    numbers = {name: found(name) for name in tvs.specs}
+    delta = tvs.reduce(lambda tau, c, site: summed(tau * per_task(c, tau)), PerTensor(numbers, factor=True))
+    return delta.map(beyond, tvs.base, PerTensor(numbers)) if of == "weights" else delta
 
 
 def along(tvs: TaskVectors, coefficients: Coefficients, *, dim: int, of: Of = "deltas") -> Weights:

@@ -1,18 +1,20 @@
 """The largest entries of every tensor, exactly as many as asked for, in any weights that can be read by rows."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from calmerge._compiled import kernels
+from calmerge._flags import Flags
 from calmerge._measure import Fold, Measure, Pass, PerTensor, count, kth_magnitude
 from calmerge._rank import held, magnitudes, nth
-from calmerge._task_vectors import TaskVectors
-from calmerge._watch import leaf, recording
-from calmerge._weights import ALL, Site, Weights
+from calmerge._task_vectors import Stacked, TaskVectors
+from calmerge._watch import recording
+from calmerge._weights import Computed, Site, Weights
+from calmerge.pieces.blend import per_task
 from calmerge.pieces.mask import masked
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -33,78 +35,52 @@ def keep_largest(tvs: TaskVectors, counts: Counts) -> TaskVectors:
     >>> keep_largest(tvs, lambda name, n: [2])["w"]
     tensor([[ 3.,  0., -2.,  0.]])
     """
-    return tvs.transform(lambda tau, cut, site: masked(tau, among(tau, cut, site)), largest(tvs, counts))
+    return tvs.transform(lambda tau, kept, site: masked(tau, kept), largest(tvs, counts))
 
 
-def largest(weights: Weights, counts: Counts) -> PerTensor:
-    """For every tensor, where the cut lies that leaves exactly its largest entries; `among` reads it.
+def largest(weights: Weights, counts: Counts) -> Weights:
+    """Whether each entry is among the largest of its tensor, of which exactly as many are as asked for.
 
     Equal magnitudes at the cut are common where weights are stored in few bits. Of them as many stay as are wanted,
     spread evenly over the tensor: those first whose index i has the smallest i * 2654435769 mod 2^32. That is a rule
     of the index alone, so that no block size changes the choice. A cut at magnitude 0 keeps every zero.
 
     Args:
-        weights: float tensors; of task vectors, one cut for each task.
+        weights: float tensors, or task vectors.
         counts: from name and number of entries of a tensor to how many stay, for each task (of other weights, one
             number); 0 keeps none, the number of entries keeps all. A float is the share that stays of the entries
             other than 0, rounded down.
 
     >>> from calmerge import StateDict
-    >>> weights = StateDict({"w": torch.tensor([3.0, -1.0, 2.0, 0.5])})
-    >>> weights.map(among, largest(weights, lambda name, n: [2]))["w"]
+    >>> largest(StateDict({"w": torch.tensor([3.0, -1.0, 2.0, 0.5])}), lambda name, n: [2])["w"]
     tensor([ True, False,  True, False])
     """
-    return PerTensor(
-        {name: _cut(weights.only_names([name]), counts(name, spec.numel)) for name, spec in weights.specs.items()}
-    )
+    cuts = {n: _cut(weights.only_names([n]), counts(n, spec.numel)) for n, spec in weights.specs.items()}
+    bounds = PerTensor({name: cut.map(lambda found: found[:, 0].float()) for name, cut in cuts.items()}, factor=True)
+
+    def first(name: str, task: int, offset: int, into: Array) -> None:
+        limit, loops = int(cuts[name].value()[task, 1]), kernels()
+        if limit >= 1 << 32:
+            into[:] = True
+        elif loops is not None:
+            loops.spread(offset & 0xFFFFFFFF, _STEP, limit, into)
+        else:
+            into[:] = _spread(np.arange(offset, offset + len(into))) <= limit
+
+    flags = Flags(weights, first, PerTensor(cuts))
+    kind = Stacked if isinstance(weights, TaskVectors) else Computed
+    return kind(_among, (weights, bounds, flags), flags.specs)
 
 
-def among(tensor: Tensor, cut: Tensor, site: Site) -> Tensor:
-    """Whether each entry of a block is among the largest, by the `cut` of `largest`: [T, 2] for blocks [T, ...]."""
+def _among(tensor: Tensor, at: Tensor, first: Tensor, site: Site) -> Tensor:
+    """Above the cut, or at it and one of the first."""
     if recording():
-        return _among(tensor.reshape(len(cut), -1).abs(), cut, site).reshape(tensor.shape)
-    size = tensor.detach().cpu().float().reshape(len(cut), -1).abs().numpy()
-    at, limit = cut[:, :1].cpu().float().numpy(), cut[:, 1].cpu().numpy()
-    chosen = size >= at
-    for t in np.flatnonzero(limit < 1 << 32):
-        equal = np.flatnonzero(size[t] == at[t])
-        chosen[t, equal[_spread(equal + site.offset) > limit[t]]] = False
+        least = per_task(at, tensor) if len(at) > 1 else at
+        return (tensor.abs() > least) | ((tensor.abs() == least) & first)
+    n = len(at)
+    size, bound = tensor.detach().cpu().float().reshape(n, -1).abs().numpy(), at.cpu().reshape(n, 1).numpy()
+    chosen = (size > bound) | ((size == bound) & first.reshape(n, -1).numpy())
     return torch.from_numpy(chosen).reshape(tensor.shape).to(tensor.device)
-
-
-def _among(size: Tensor, cut: Tensor, site: Site) -> Tensor:
-    """As `among`, in single steps that a tape can say."""
-    chosen = []
-    for row, (at, limit) in zip(size, cut.tolist(), strict=True):
-        if limit < 1 << 32:
-            first = _first(row.numel(), int(limit), site.offset)
-            chosen.append((row > at) | ((row == at) & first))
-        else:
-            chosen.append(row >= at)
-    return torch.stack(chosen)
-
-
-def _first(n: int, limit: int, offset: int) -> Tensor:
-    """Whether the spread indices of a block are at most `limit`."""
-    found, fill = np.empty(n, np.uint8), _Upto(limit)
-    fill(ALL, offset, found)
-    return leaf(torch.from_numpy(found).view(torch.bool), offset, fill)
-
-
-class _Upto(NamedTuple):
-    """How a tape is told whether spread indices are at most `limit`."""
-
-    limit: int
-
-    def __call__(self, rows: slice, at: int, into: Array) -> None:
-        loops = kernels()
-        if loops is not None:
-            loops.spread(at & 0xFFFFFFFF, _STEP, self.limit, into)
-        else:
-            into[:] = _spread(np.arange(at, at + len(into))) <= self.limit
-
-    def of(self, name: str) -> "_Upto":
-        return self
 
 
 def _spread(index: Array) -> Array:

@@ -1,11 +1,9 @@
 """Making up for what was dropped."""
 
 import torch
-from torch import Tensor
 
-from calmerge._measure import per_tensor, total
+from calmerge._measure import Measure, PerTensor, total
 from calmerge._task_vectors import TaskVectors
-from calmerge._weights import Site
 from calmerge.pieces.blend import per_task, sums
 
 
@@ -20,9 +18,9 @@ def restore_l1(thinned: TaskVectors, tvs: TaskVectors) -> TaskVectors:
     tensor([[6., 0., 0.]])
     """
 
-    def scaled(tau: Tensor, before: Tensor, after: Tensor, site: Site) -> Tensor:
-        return tau * per_task(torch.where(after > 0, before / after, 1.0), tau)
+    def factor(name: str) -> Measure:
+        before, after = (total(w.only_names([name]), lambda tau: sums(tau.abs())) for w in (tvs, thinned))
+        return before.map(lambda norm, left: torch.where(left > 0, norm / left, 1.0), after)
 
-    return thinned.transform(
-        scaled, *(per_tensor(w, lambda w: total(w, lambda tau: sums(tau.abs()))) for w in (tvs, thinned))
-    )
+    factors = PerTensor({name: factor(name) for name in tvs.specs}, factor=True)
+    return thinned.transform(lambda tau, c, site: tau * per_task(c, tau), factors)
