@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from calmerge import CheckpointError, MissingExtra, StateDict, open_checkpoint
-from calmerge._checkpoint import Checkpoint, sha256
+from calmerge._checkpoint import Checkpoint
+from calmerge._hash import sha256
 
 TENSORS = {
     "w": torch.arange(12.0).reshape(4, 3),

@@ -8,7 +8,7 @@ import torch
 
 import calmerge as cm
 from calmerge import CheckpointError, OutputError
-from calmerge._checkpoint import sha256
+from calmerge._hash import sha256
 
 
 def folder(place: Path, tensors: dict[str, torch.Tensor], **files: str) -> Path:

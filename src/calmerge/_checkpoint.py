@@ -1,6 +1,5 @@
 """Opening checkpoints: headers at once, tensors when they are asked for."""
 
-import hashlib
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calmerge._errors import CheckpointError, MissingExtra, did_you_mean
+from calmerge._hash import sha256
 from calmerge._header import Entry, read_header
 from calmerge._shards import check_index, read_index, shard_files
 from calmerge._watch import Array, Stored, leaf
@@ -28,7 +28,6 @@ _DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
 }  # fmt: skip
 _AGAIN = "Nothing of it can be trusted; start again once it is whole."
-_PIECE = 1 << 20  # bytes that are hashed at a time, while other threads run
 _NO_WEIGHTS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt"}  # of a trainer
 
 
@@ -233,15 +232,6 @@ def _beside(path: Path) -> str:
 def _state(stat: os.stat_result) -> tuple[int, int, int]:
     """What changes when a file is replaced, cut short or written to."""
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
-    with file.open("rb", buffering=0) as f:
-        while got := f.readinto(buffer):
-            digest.update(buffer[:got])
-    return digest.hexdigest()
 
 
 def _untied(module: nn.Module) -> dict[str, Tensor]:

@@ -58,10 +58,13 @@ def binned(inside: Array, low: int, shift: int, counts: Array, least: Array, mos
     """
     start, rest = np.int32(low), np.int32((1 << shift) - 1)
     for i in range(inside.size):
-        bin = 2 * ((inside[i] - start) >> shift) + np.intp((inside[i] & rest) != 0)
+        bits = inside[i]
+        bin = 2 * ((bits - start) >> shift) + np.intp((bits & rest) != 0)
         counts[bin] += 1
-        least[bin] = min(least[bin], inside[i])
-        most[bin] = max(most[bin], inside[i])
+        if bits < least[bin]:  # rarely, so that a write need not wait for the one before
+            least[bin] = bits
+        if bits > most[bin]:
+            most[bin] = bits
 
 
 @compiled()

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from calmerge._checkpoint import Checkpoint, open_checkpoint, sha256
+from calmerge._checkpoint import Checkpoint, open_checkpoint
 from calmerge._errors import CheckpointError, OutputError, UsageError, did_you_mean
 from calmerge._folder import new_folder, resumable_folder
+from calmerge._hash import sha256
 from calmerge._lora import Adapted
 from calmerge._merged import Merged, is_patched, open_merged, storage, write_merged, written_together
 from calmerge._plan import plan

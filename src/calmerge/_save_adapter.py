@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calmerge._adapter_config import CONFIG, adapter_options
-from calmerge._checkpoint import Checkpoint, Source, sha256
+from calmerge._checkpoint import Checkpoint, Source
 from calmerge._errors import CheckpointError, OutputError, UsageError
 from calmerge._folder import new_folder
+from calmerge._hash import sha256
 from calmerge._lora import Adapted, adapted, config_of, stored_in_out, tied
 from calmerge._measure import ahead, settle, workers
 from calmerge._run import Run

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 
-from calmerge._checkpoint import sha256
 from calmerge._errors import CheckpointError
+from calmerge._hash import sha256
 from calmerge._header import read_header
 from calmerge._measure import workers
 from calmerge._run import Run

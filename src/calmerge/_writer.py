@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmerge._checkpoint import sha256
 from calmerge._compiled import usable
 from calmerge._folder import Journal
+from calmerge._hash import Growing, sha256
 from calmerge._measure import ahead, pending, settle, workers, worthwhile
 from calmerge._reader import Reader, Tapes
 from calmerge._run import Run
@@ -69,13 +69,15 @@ def write_weights(
             bar.advance(sum(weights.specs[name].nbytes for file in hashes for name in files[file]))
         if len(hashes) < len(files):
             _settle(weights, threads, run, journal)
-        finishing: dict[str, Future[str]] = {}
+        finishing: list[Future[None]] = []
         kept: Tapes = {}
         for file, names in files.items():
             if file not in hashes:
-                _write_files({folder / file: weights}, names, chunk, pool, bar, kept)
-                finishing[file] = pool.submit(_finish, folder / file, journal)  # while the next one is written
-        hashes |= {file: found.result() for file, found in finishing.items()}
+                hashes[file] = _write_files({folder / file: weights}, names, chunk, pool, bar, kept)[0]
+                if journal is not None:
+                    finishing.append(pool.submit(journal.finish, folder / file, hashes[file]))  # beside the next one
+        for done in finishing:
+            done.result()
     return {file: hashes[file] for file in files} | _write_index(folder, weights, files)
 
 
@@ -97,15 +99,16 @@ def write_side_by_side(
     files = shards(first, bytes_of(shard))
     threads = threads or os.cpu_count() or 1
     settle(parts.values(), threads=threads, run=run)
-    hashes: dict[Path, dict[str, str]] = {}
+    hashes: dict[Path, dict[str, str]] = {folder: {} for folder in parts}
     kept: Tapes = {}
     busy = worthwhile(threads, first.numel, len(first))
     with run.progress.track("writing", first.nbytes * len(parts), "B") as bar, workers(busy) as pool:
         for file, names in files.items():
-            _write_files({folder / file: weights for folder, weights in parts.items()}, names, chunk, pool, bar, kept)
-        for folder, weights in parts.items():
-            hashes[folder] = dict(zip(files, pool.map(sha256, [folder / file for file in files]), strict=True))
-            hashes[folder] |= _write_index(folder, weights, files)
+            here = {folder / file: weights for folder, weights in parts.items()}
+            for folder, found in zip(parts, _write_files(here, names, chunk, pool, bar, kept), strict=True):
+                hashes[folder][file] = found
+    for folder, weights in parts.items():
+        hashes[folder] |= _write_index(folder, weights, files)
     return hashes
 
 
@@ -215,17 +218,10 @@ def _settle(weights: Weights, threads: int, run: Run, journal: Journal | None) -
         journal.keep([measure.value() for measure in waiting])
 
 
-def _finish(file: Path, journal: Journal | None) -> str:
-    found = sha256(file)
-    if journal is not None:
-        journal.finish(file, found)
-    return found
-
-
 def _write_files(
     parts: Mapping[Path, Weights], names: list[str], chunk: int, pool: ThreadPoolExecutor, bar: Any, kept: Tapes
-) -> None:
-    """Write files of one layout, block by block; a block of all of them is computed together."""
+) -> list[str]:
+    """Write files of one layout, block by block; a block of all of them is computed together. The SHA-256 of each."""
     weights = next(iter(parts.values()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
@@ -243,11 +239,12 @@ def _write_files(
     with ExitStack() as stack:
         handles = []
         for path in chosen:
-            f = stack.enter_context(path.open("wb"))
+            f = stack.enter_context(path.open("w+b"))
             f.write(head)
             f.truncate(len(head) + end)
             f.flush()
             handles.append(f.fileno())
+        hashing = [Growing(handle) for handle in handles]
         reader = Reader(list(chosen.values()), taping=usable(weights.numel), kept=kept)
 
         def place(stretch: Stretch) -> int:
@@ -265,8 +262,13 @@ def _write_files(
                             view, at = view[written:], at + written
             return size
 
+        done = len(head)
         for written in ahead(pool, place, stretches(next(iter(chosen.values())), chunk), 64):
             bar.advance(written)
+            done += written // len(handles)
+            for one in hashing:  # what is written lies in the cache
+                one.upto(done)
+        return [one.found() for one in hashing]
 
 
 def _raw(tensor: Tensor) -> memoryview:

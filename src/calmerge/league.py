@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from calmerge._checkpoint import sha256
 from calmerge._entries import Entry, entries_of, filled
 from calmerge._errors import CalmergeError
+from calmerge._hash import sha256
 from calmerge._memory import peak_memory
 from calmerge._merged import Merged, storage
 from calmerge._pipe import Surroundings, build_pipe, read_pipe, walk

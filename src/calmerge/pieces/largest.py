@@ -56,10 +56,9 @@ def largest(weights: Weights, counts: Counts) -> Weights:
     tensor([ True, False,  True, False])
     """
     cuts = {n: _cut(weights.only_names([n]), counts(n, spec.numel)) for n, spec in weights.specs.items()}
-    bounds = PerTensor({name: cut.map(lambda found: found[:, 0].float()) for name, cut in cuts.items()}, factor=True)
 
     def first(name: str, task: int, offset: int, into: Array) -> None:
-        limit, loops = int(cuts[name].value()[task, 1]), kernels()
+        limit, loops = int(cuts[name].value()[1, task]), kernels()
         if limit >= 1 << 32:
             into[:] = True
         elif loops is not None:
@@ -67,13 +66,15 @@ def largest(weights: Weights, counts: Counts) -> Weights:
         else:
             into[:] = _spread(np.arange(offset, offset + len(into))) <= limit
 
-    flags = Flags(weights, first, PerTensor(cuts))
+    numbers = PerTensor(cuts, factor=True)
+    flags = Flags(weights, first, numbers)
     kind = Stacked if isinstance(weights, TaskVectors) else Computed
-    return kind(_among, (weights, bounds, flags), flags.specs)
+    return kind(_among, (weights, numbers, flags), flags.specs)
 
 
-def _among(tensor: Tensor, at: Tensor, first: Tensor, site: Site) -> Tensor:
+def _among(tensor: Tensor, cut: Tensor, first: Tensor, site: Site) -> Tensor:
     """Above the cut, or at it and one of the first."""
+    at = cut[0].to(tensor)
     if recording():
         least = per_task(at, tensor) if len(at) > 1 else at
         return (tensor.abs() > least) | ((tensor.abs() == least) & first)
@@ -88,7 +89,7 @@ def _spread(index: Array) -> Array:
 
 
 def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
-    """[T, 2]: the smallest magnitude that stays, and the largest spread index with which it does."""
+    """[2, T]: the smallest magnitude that stays, and the largest spread index with which it does."""
     n, tasks = weights.numel, len(weights.tasks) if isinstance(weights, TaskVectors) else 1
     if not isinstance(counts, float):
         k = torch.tensor(counts).expand(tasks)
@@ -128,8 +129,8 @@ def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
                     if 0 < left[t] < len(found):
                         limit[t] = np.partition(found, left[t] - 1)[left[t] - 1]
             search = _Equal(tasks, at, {t: bits for t, bits in within.items() if bits[1]})
-        cut = torch.stack([at.double(), torch.from_numpy(limit).double()], 1)
-        return torch.where(((wanted <= 0) | (wanted >= n))[:, None], _whole(wanted, n), cut)
+        cut = torch.stack([at.double(), torch.from_numpy(limit).double()])
+        return torch.where((wanted <= 0) | (wanted >= n), _whole(wanted, n), cut)
 
     return Measure((weights, threshold) if number is None else (weights, threshold, number), rounds, passes=1)
 
@@ -137,19 +138,19 @@ def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
 def _at_once(n: int, tasks: int, counts: Sequence[int] | float) -> Generator[Pass, Any, Tensor]:
     """The cut of a tensor that can be held, from its magnitudes."""
     rows = yield from held(n, tasks)
-    cuts = []
+    cuts: list[tuple[float, int]] = []
     for t, row in enumerate(rows):
         k = int(np.count_nonzero(row > 0) * counts) if isinstance(counts, float) else int(counts[t % len(counts)])
         if k <= 0 or k >= n:
-            cuts.append(_whole(torch.tensor([k]), n)[0])
+            cuts.append((-1.0 if k > 0 else torch.inf, 1 << 32))
             continue
         at, limit = nth(row, n - k + 1), 1 << 32
         if at > 0:
             keys, left = _spread(np.flatnonzero(row == at)), k - int(np.count_nonzero(row > at))
             if left < len(keys):
                 limit = int(np.partition(keys, left - 1)[left - 1])
-        cuts.append(torch.tensor([at, float(limit)], dtype=torch.float64))
-    return torch.stack(cuts)
+        cuts.append((at, limit))
+    return torch.tensor(cuts, dtype=torch.float64).T.contiguous()
 
 
 class _Equal:
@@ -199,4 +200,4 @@ def _trivial(wanted: Tensor, n: int) -> Generator[Pass, Tensor, Tensor]:
 def _whole(wanted: Tensor, n: int) -> Tensor:
     """The cut that keeps everything where n are wanted, and nothing otherwise."""
     at = torch.where(wanted >= n, -1.0, torch.inf).double()
-    return torch.stack([at, torch.full_like(at, 2.0**32)], 1)
+    return torch.stack([at, torch.full_like(at, 2.0**32)])
