@@ -204,6 +204,14 @@ def fills(suite: str) -> Iterator[Trial]:
             yield Trial(suite, "calm_joint", seed, pool=64, mix=mix)
 
 
+def rounds(suite: str) -> Iterator[Trial]:
+    """64 inputs a task, filled up to 2,048, and all of them, with the suite's updates and with twice as many."""
+    for seed in range(3):
+        for n in (64, 0):
+            for longer in (2, 1):
+                yield Trial(suite, "calm_joint", seed, pool=n, longer=longer, mix=32 if n else 0)
+
+
 def batches(suite: str) -> Iterator[Trial]:
     """The same examples in batches of 32, 16 and 8, and so more and more updates."""
     for seed in range(3 if suite == "vision" else 1):
@@ -262,6 +270,7 @@ DESIGNS = {
     "pools": pools,
     "mixing": mixing,
     "fills": fills,
+    "rounds": rounds,
     "batches": batches,
     "bad_experts": bad_experts,
     "heads": heads,

@@ -118,3 +118,47 @@ def test_files_share_a_tape(taken: list[str]) -> None:
     found = [Reader([weights.only_names([name])], kept=kept).read(name, ALL)[0].unique().item() for name in "abc"]
     assert taken == ["a"]
     assert found == [2.0, 4.0, 6.0]
+
+
+def scaled(fn: Callable[[Tensor, Tensor], Tensor]) -> Weights:
+    """Every tensor and a number of its own: 10, 20, 30."""
+    sums = per_tensor(StateDict(ALIKE), lambda one: total(one, lambda w: w.mean().double() * 10), factor=True)
+    settle([sums])
+    return StateDict(ALIKE).map(lambda w, number, site: fn(w, number), sums)
+
+
+def test_a_factor_takes_its_place_on_a_tape_that_is_there(taken: list[str]) -> None:
+    weights = scaled(lambda w, number: w * number.to(w))
+    taken.clear()
+    found = read(weights)
+    assert taken == ["a"]
+    assert {name: w.unique().item() for name, w in found.items()} == {"a": 10.0, "b": 40.0, "c": 90.0}
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda w, number: w * float(number),
+        lambda w, number: w * (number / 2).to(w),
+        lambda w, number: w + 1 if number > 15 else w - 1,
+    ],
+    ids=["read", "worked on", "asked"],
+)
+def test_a_factor_that_is_looked_at_is_taken_down_for_each(
+    fn: Callable[[Tensor, Tensor], Tensor], taken: list[str]
+) -> None:
+    weights = scaled(fn)
+    taken.clear()
+    found = read(weights)
+    assert taken == ["a", "b", "c"]
+    assert all(torch.equal(found[name], weights[name]) for name in found)
+
+
+def test_a_number_that_is_no_factor_is_taken_down_for_each(taken: list[str]) -> None:
+    sums = per_tensor(StateDict(ALIKE), lambda one: total(one, torch.sum))
+    settle([sums])
+    weights = StateDict(ALIKE).map(lambda w, number, site: w * number.tolist(), sums)
+    taken.clear()
+    found = read(weights)
+    assert taken == ["a", "b", "c"]
+    assert all(torch.equal(found[name], weights[name]) for name in found)

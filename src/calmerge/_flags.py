@@ -32,7 +32,7 @@ class Flags(Weights):
     def __init__(self, beside: Weights, write: Writer, *numbers: Node) -> None:
         self.row_dim = getattr(beside, "row_dim", 0)
         self._tasks = len(getattr(beside, "tasks", ())) if self.row_dim else 1
-        self._write, self.inputs, self.elementwise = write, (beside, *numbers), beside.elementwise
+        self._write, self.inputs = write, (beside, *numbers)
         self.specs = {name: Spec(spec.shape, torch.bool) for name, spec in beside.specs.items()}
 
     def parts(self, name: str) -> Sequence[Node]:
