@@ -57,17 +57,8 @@ def largest(weights: Weights, counts: Counts) -> Weights:
     """
     cuts = {n: _cut(weights.only_names([n]), counts(n, spec.numel)) for n, spec in weights.specs.items()}
 
-    def first(name: str, task: int, offset: int, into: Array) -> None:
-        limit, loops = int(cuts[name].value()[1, task]), kernels()
-        if limit >= 1 << 32:
-            into[:] = True
-        elif loops is not None:
-            loops.spread(offset & 0xFFFFFFFF, _STEP, limit, into)
-        else:
-            into[:] = _spread(np.arange(offset, offset + len(into))) <= limit
-
     numbers = PerTensor(cuts, factor=True)
-    flags = Flags(weights, first, numbers)
+    flags = Flags(weights, lambda n, task, at, into: _first(int(cuts[n].value()[1, task]), at, into), numbers)
     kind = Stacked if isinstance(weights, TaskVectors) else Computed
     return kind(_among, (weights, numbers, flags), flags.specs)
 
@@ -82,6 +73,17 @@ def _among(tensor: Tensor, cut: Tensor, first: Tensor, site: Site) -> Tensor:
     size, bound = tensor.detach().cpu().float().reshape(n, -1).abs().numpy(), at.cpu().reshape(n, 1).numpy()
     chosen = (size > bound) | ((size == bound) & first.reshape(n, -1).numpy())
     return torch.from_numpy(chosen).reshape(tensor.shape).to(tensor.device)
+
+
+def _first(limit: int, offset: int, into: Array) -> None:
+    """Whether the spread indices from an entry on are at most `limit`."""
+    loops = kernels()
+    if limit >= 1 << 32:
+        into[:] = True
+    elif loops is not None:
+        loops.spread(offset & 0xFFFFFFFF, _STEP, limit, into)
+    else:
+        into[:] = _spread(np.arange(offset, offset + len(into))) <= limit
 
 
 def _spread(index: Array) -> Array:
