@@ -137,7 +137,8 @@ class Reader:
         Also whether it is of this tensor alone.
         """
         spec = self._lead.specs[name]
-        from calmerge._recorder import Recorder, Unrecordable
+        from calmerge._operations import Unrecordable
+        from calmerge._recorder import Recorder
 
         # with two rows no dimension of a block is mistaken for that of tasks
         count = max(2, -(-_PROBE // row_size(spec)))

@@ -21,16 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calmerge import _machine as machine
 from calmerge._machine import Step
+from calmerge._operations import FILLED, FLAGS, RESERVED, RULES, VIEWS, Unrecordable
 from calmerge._tape import LOADS, Handed, Input, Output, Tape, assembled
 from calmerge._watch import Array, Fill, watching
 from calmerge._weights import Number, Site
 
 _UNSET = -1  # the value of memory that was reserved and not yet written
-_FLAGS = (torch.bool, torch.uint8)
-
-
-class Unrecordable(Exception):
-    """Something that a tape cannot say."""
 
 
 class _Watched(Site):
@@ -74,6 +70,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         particular: whether something looked at which tensor this is, or where in it, so that no other is like it.
+        unrounded: values that are stored in a type to which they were not yet rounded.
     """
 
     def __init__(self, n: int, offset: int) -> None:
@@ -85,7 +82,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._handed: dict[int, Handed] = {}  # by address
         self._inputs: list[Input] = []
         self._read: set[int] = set()  # values that are inputs
-        self._unrounded: set[int] = set()
+        self.unrounded: set[int] = set()
         self._count = 0
         self._kept: list[object] = []  # so that no address is used twice
         self._paused = False
@@ -113,7 +110,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before, watched = len(self._steps), _Watched(site)
         try:
             made = fn(watched)
-            self._planes(made, self._suffix(made))
+            self.planes(made, self.suffix(made))
             self.particular |= watched.seen
             return made
         except Unrecordable:  # what was taken down is left out where nobody asks for it, but for this
@@ -170,7 +167,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def finite(self, tensor: Tensor) -> bool:
         """Have it checked that all entries are finite; whether those at hand are."""
-        for value in self._planes(tensor, self._suffix(tensor)).flat:
+        for value in self.planes(tensor, self.suffix(tensor)).flat:
             self._steps.append(Step(machine.FINITE, _UNSET, int(value)))
         with self._looking_away():
             return bool(np.isfinite(tensor.numpy().sum()))
@@ -183,7 +180,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         outputs = []
         for result in results:
-            planes = self._planes(result, self._suffix(result))
+            planes = self.planes(result, self.suffix(result))
             if not result.is_floating_point():
                 raise Unrecordable(str(result.dtype))
             outputs.append(Output(tuple(planes.flat), planes.shape, result.dtype))
@@ -199,11 +196,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _take_down(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         name = _name(func)
-        if name in _VIEWS:
+        if name in VIEWS:
             return
-        if name in _RESERVED or name in _FILLED:
+        if name in RESERVED or name in FILLED:
             if isinstance(result, Tensor) and result.numel() and result.numel() % self._n == 0:
-                self._reserve(result, _FILLED[name](args) if name in _FILLED else None)
+                self.reserve(result, FILLED[name](args) if name in FILLED else None)
             return
         tensors = [x for x in _flat(args) if isinstance(x, Tensor)]
         if not any(map(self._known, tensors)):  # of numbers
@@ -212,10 +209,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if isinstance(result, Tensor) and result.device.type != "cpu":
             raise Unrecordable("another device")
-        if name not in _RULES or not isinstance(result, Tensor):
+        if name not in RULES or not isinstance(result, Tensor):
             raise Unrecordable(str(func))
         try:
-            _RULES[name](self, args, kwargs, result)
+            RULES[name](self, args, kwargs, result)
         except (ValueError, TypeError, IndexError) as e:  # operands of a form that a rule does not know
             raise Unrecordable(f"{func}: {e}") from None
 
@@ -227,7 +224,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             self.particular = True
 
-    def _reserve(self, result: Tensor, value: float | None) -> None:
+    def reserve(self, result: Tensor, value: float | None) -> None:
+        """Note memory that holds nothing yet, or one number."""
         for i in range(result.numel() // self._n):
             at = result.data_ptr() + i * self._n * result.itemsize
             self._values[at] = (_UNSET if value is None else self._constant(value)), result.dtype
@@ -235,7 +233,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _known(self, x: Tensor) -> bool:
         return x.data_ptr() in self._values and x.numel() >= self._n
 
-    def _suffix(self, *operands: Any) -> int:
+    def suffix(self, *operands: Any) -> int:
         """How many of the last dimensions make up a block."""
         for x in operands:
             if isinstance(x, Tensor) and self._known(x):
@@ -247,7 +245,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     return dims
         raise Unrecordable("planes of another size")
 
-    def _planes(self, x: Any, suffix: int) -> Array:
+    def planes(self, x: Any, suffix: int) -> Array:
         """The values of an operand, arranged as its dimensions before the block are."""
         if not isinstance(x, Tensor):
             return np.array(self._constant(float(x)))
@@ -257,12 +255,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = []
             for i in range(x.numel() // self._n):
                 value, dtype = self._values.get(x.data_ptr() + i * self._n * x.itemsize, (_UNSET, x.dtype))
-                if value == _UNSET or (dtype != x.dtype and not {dtype, x.dtype} <= set(_FLAGS)):
+                if value == _UNSET or (dtype != x.dtype and not {dtype, x.dtype} <= set(FLAGS)):
                     raise Unrecordable("memory of another kind")
                 found.append(value)
             return np.array(found).reshape(x.shape[: x.dim() - suffix])
         inner = x.shape[max(0, x.dim() - suffix) :]
-        if torch.Size(inner).numel() != 1 or x.dtype not in (torch.float32, torch.float64, *_FLAGS, torch.int64):
+        if torch.Size(inner).numel() != 1 or x.dtype not in (torch.float32, torch.float64, *FLAGS, torch.int64):
             raise Unrecordable("an unknown tensor")
         told = self._told(x) if self._handed else None
         if told:
@@ -285,25 +283,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._count += 1
         return self._count - 1
 
-    def _put(self, result: Tensor, planes: Array, *, late: bool = False) -> None:
+    def put(self, result: Tensor, planes: Array, *, late: bool = False) -> None:
         """Note that `result` holds these values."""
         if not result.is_contiguous() or result.numel() != planes.size * self._n:
             raise Unrecordable("a result of another shape")
         for i, value in enumerate(planes.flat):
             self._values[result.data_ptr() + i * self._n * result.itemsize] = int(value), result.dtype
             if late:
-                self._unrounded.add(int(value))
+                self.unrounded.add(int(value))
 
     def step(self, op: int, result: Tensor, *operands: Any) -> None:
         """Take down one operation between planes, broadcast as torch does."""
         if result.dtype not in (torch.float32, torch.bool):
             raise Unrecordable(f"arithmetic in {result.dtype}")
-        self._put(result, self.over(op, self._suffix(*operands), *operands))
+        self.put(result, self.over(op, self.suffix(*operands), *operands))
 
     def over(self, op: int, suffix: int, *operands: Any) -> Array:
         """The values that `op` makes of operands, which are tensors, numbers, or values already."""
-        arrays = [x if isinstance(x, np.ndarray) else self._planes(x, suffix) for x in operands]
-        if self._unrounded and any(int(v) in self._unrounded for a in arrays for v in a.flat):
+        arrays = [x if isinstance(x, np.ndarray) else self.planes(x, suffix) for x in operands]
+        if self.unrounded and any(int(v) in self.unrounded for a in arrays for v in a.flat):
             raise Unrecordable("arithmetic after rounding")
         shape = max((a.shape for a in arrays), key=lambda s: (len(s), s))
         if any(a.shape != shape and a.size > 1 for a in arrays):
@@ -313,162 +311,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         lists = [a.ravel().tolist() * (n if a.size == 1 else 1) for a in arrays]
         found = [self._new(op, *values) for values in zip(*lists, strict=True)]
         return np.array(found).reshape(shape)
-
-
-# What torch's operations are to a tape ------------------------------------------------------------------------------
-
-Rule = Callable[[Recorder, tuple[Any, ...], dict[str, Any], Tensor], None]
-_RESERVED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
-_FILLED: dict[str, Callable[[tuple[Any, ...]], float]] = {
-    "zeros": lambda args: 0.0, "zeros_like": lambda args: 0.0, "new_zeros": lambda args: 0.0,
-    "ones": lambda args: 1.0, "ones_like": lambda args: 1.0, "new_ones": lambda args: 1.0,
-    "full": lambda args: float(args[1]), "full_like": lambda args: float(args[1]),
-}  # fmt: skip
-_VIEWS = {
-    "view", "select", "slice", "unsqueeze", "squeeze", "detach", "alias", "_unsafe_view", "expand", "split", "unbind",
-    "flatten", "reshape",
-}  # fmt: skip
-
-
-def _binary(op: int, *, swapped: bool = False) -> Rule:
-    def rule(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-        if kwargs.get("alpha", 1) != 1 or len(args) > 2 or kwargs.get("rounding_mode") is not None:
-            raise Unrecordable("a scaled sum")
-        x, y = args[:2]
-        recorder.step(op, result, *((y, x) if swapped else (x, y)))
-
-    return rule
-
-
-def _unary(op: int) -> Rule:
-    return lambda recorder, args, kwargs, result: recorder.step(op, result, args[0])
-
-
-def _not(op: int) -> Rule:
-    """1 less what `op` makes."""
-
-    def rule(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-        suffix = recorder._suffix(*args)
-        recorder._put(result, recorder.over(machine.SUB, suffix, 1.0, recorder.over(op, suffix, *args[:2])))
-
-    return rule
-
-
-def _flags(op: int) -> Rule:
-    """An operation of logic, between booleans."""
-
-    def rule(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-        if any(isinstance(x, Tensor) and x.dtype != torch.bool for x in args):
-            raise Unrecordable("logic of numbers")
-        recorder.step(op, result, *args)
-
-    return rule
-
-
-def _opposite(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    if args[0].dtype != torch.bool:
-        raise Unrecordable("logic of numbers")
-    recorder.step(machine.SUB, result, 1.0, args[0])
-
-
-def _clamp(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    low = args[1] if len(args) > 1 else kwargs.get("min")
-    high = args[2] if len(args) > 2 else kwargs.get("max")
-    suffix = recorder._suffix(args[0], low, high)
-    found = recorder._planes(args[0], suffix)
-    if low is not None:
-        found = recorder.over(machine.MOST, suffix, low, found)
-    if high is not None:
-        found = recorder.over(machine.LEAST, suffix, high, found)
-    recorder._put(result, found)
-
-
-def _power(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    if len(args) > 1 and args[1] != 2:
-        raise Unrecordable("a power other than 2")
-    recorder.step(machine.MUL, result, args[0], args[0])
-
-
-def _where(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    recorder.step(machine.WHERE, result, *args)
-
-
-def _masked_fill(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    recorder.step(machine.WHERE, result, args[1], args[2], args[0])
-
-
-def _copied(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    """Values in another place, and perhaps of another type."""
-    source = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else args[0]
-    suffix = recorder._suffix(source)
-    planes = recorder._planes(source, suffix)
-    before, after = source.dtype, result.dtype
-    exact = before == after or (before in (torch.bfloat16, *_FLAGS) and after == torch.float32)
-    if before == torch.float32 and after == torch.bfloat16:
-        planes = recorder.over(machine.ROUND_BF16, suffix, planes)
-    elif before == torch.float32 and after in (torch.float16, torch.float64):
-        recorder._put(result, planes, late=True)
-        return
-    elif not exact and (before, after) != (torch.bool, torch.uint8):
-        raise Unrecordable(f"{before} to {after}")
-    if any(int(v) in recorder._unrounded for v in planes.flat):
-        raise Unrecordable("arithmetic after rounding")
-    wanted = result.shape[: result.dim() - suffix]
-    recorder._put(result, np.broadcast_to(planes, wanted) if planes.shape != wanted else planes)
-
-
-def _joined(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    """`stack` and `cat` along the first dimension."""
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    if dim != 0:
-        raise Unrecordable("joined along another dimension")
-    suffix = recorder._suffix(*args[0])
-    recorder._put(result, np.concatenate([recorder._planes(x, suffix).reshape(-1) for x in args[0]]))
-
-
-def _extreme(op: int) -> Rule:
-    """The largest or smallest over the first dimension, that of tasks."""
-
-    def rule(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-        x, dims = args[0], list(args[1]) if len(args) > 1 else []
-        planes = recorder._planes(x, recorder._suffix(x))
-        if dims not in ([0], [-x.dim()]) or len(args) > 2 or planes.ndim != 1:
-            raise Unrecordable("an extreme over entries")
-        found = planes[:1]
-        for i in range(1, len(planes)):
-            found = recorder.over(op, 0, found, planes[i : i + 1])
-        recorder._put(result, found)
-
-    return rule
-
-
-def _filled(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    recorder._reserve(result, float(args[1]) if len(args) > 1 else 0.0)
-
-
-_RULES: dict[str, Rule] = {
-    "add": _binary(machine.ADD), "sub": _binary(machine.SUB), "rsub": _binary(machine.SUB, swapped=True),
-    "mul": _binary(machine.MUL), "div": _binary(machine.DIV),
-    "maximum": _binary(machine.MOST), "minimum": _binary(machine.LEAST),
-    "gt": _binary(machine.GREATER), "lt": _binary(machine.GREATER, swapped=True),
-    "ge": _binary(machine.AT_LEAST), "le": _binary(machine.AT_LEAST, swapped=True),
-    "bitwise_and": _flags(machine.MUL), "bitwise_or": _flags(machine.MOST),
-    "logical_and": _flags(machine.MUL), "logical_or": _flags(machine.MOST),
-    "bitwise_not": _opposite, "logical_not": _opposite,
-    "eq": _binary(machine.EQUAL), "ne": _not(machine.EQUAL),
-    "abs": _unary(machine.ABS), "sign": _unary(machine.SIGN), "sqrt": _unary(machine.SQRT),
-    "neg": lambda recorder, args, kwargs, result: recorder.step(machine.MUL, result, args[0], -1.0),
-    "reciprocal": lambda recorder, args, kwargs, result: recorder.step(machine.DIV, result, 1.0, args[0]),
-    "square": _power, "pow": _power,
-    "hardshrink": lambda recorder, args, kwargs, result: recorder.step(
-        machine.SHRINK, result, args[0], args[1] if len(args) > 1 else 0.5
-    ),
-    "clamp": _clamp, "clamp_min": _clamp,
-    "where": _where, "masked_fill": _masked_fill,
-    "copy": _copied, "_to_copy": _copied, "clone": _copied,
-    "stack": _joined, "cat": _joined, "amax": _extreme(machine.MOST), "amin": _extreme(machine.LEAST),
-    "fill": _filled, "zero": _filled,
-}  # fmt: skip
 
 
 @cache
