@@ -83,7 +83,10 @@ def _first(limit: int, offset: int, into: Array) -> None:
     elif loops is not None:
         loops.spread(offset & 0xFFFFFFFF, _STEP, limit, into)
     else:
-        into[:] = _spread(np.arange(offset, offset + len(into))) <= limit
+        index = np.arange(len(into), dtype=np.uint32)
+        index += np.uint32(offset & 0xFFFFFFFF)
+        index *= np.uint32(_STEP)
+        np.less_equal(index, np.uint32(limit), out=into.view(bool))
 
 
 def _spread(index: Array) -> Array:
