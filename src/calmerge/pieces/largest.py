@@ -96,10 +96,9 @@ def _spread(index: Array) -> Array:
 def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
     """[2, T]: the smallest magnitude that stays, and the largest spread index with which it does."""
     n, tasks = weights.numel, len(weights.tasks) if isinstance(weights, TaskVectors) else 1
-    if not isinstance(counts, float):
-        k = torch.tensor(counts).expand(tasks)
-        if not n or bool(((k <= 0) | (k >= n)).all()):
-            return Measure((), lambda: _trivial(k, n), passes=0)
+    k = [] if isinstance(counts, float) else [int(counts[t % len(counts)]) for t in range(tasks)]
+    if k and all(one <= 0 or one >= n for one in k):
+        return Measure((), lambda: _trivial(torch.tensor(k), n), passes=0)
     if n * tasks <= _HELD:
         return Measure((weights,), lambda: _at_once(n, tasks, counts), passes=1)
     number: Measure | None = None
@@ -108,10 +107,10 @@ def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
         number = varying.map(lambda m: (m * counts).floor().long())
         threshold = kth_magnitude(weights, number.map(lambda k: (n + 1 - k).clamp(1, n)))
     else:
-        threshold = kth_magnitude(weights, [min(max(n + 1 - int(one), 1), n) for one in k])
+        threshold = kth_magnitude(weights, [min(max(n + 1 - one, 1), n) for one in k])
 
     def rounds() -> Generator[Pass, Any, Tensor]:
-        at, wanted = threshold.value(), k if number is None else number.value()
+        at, wanted = threshold.value(), torch.tensor(k) if number is None else number.value()
         left = np.zeros(tasks, np.int64)  # how many of the equal ones stay
         limit = np.full(tasks, 1 << 32)
         search = _Equal(tasks, at, dict.fromkeys(range(tasks), (0, 32)))
