@@ -95,7 +95,7 @@ class _Search:
         """What one block has."""
         loops = kernels()
         if loops is not None:
-            bits = block.detach().cpu().reshape(self._tasks, -1).float().contiguous().numpy().view(np.int32)
+            bits = np.ascontiguousarray(_floats(block, self._tasks)).view(np.int32)
             return {t: _bracketed(loops, bits[t], bracket) for t, bracket in self._brackets.items()}
         sizes = magnitudes(block, self._tasks)
         found = {}
@@ -210,7 +210,7 @@ def held(n: int, tasks: int) -> Generator[Fold, Any, Array]:
     rows, filled = np.empty((tasks, n), np.float32), 0
 
     def part(block: Tensor, *_: object) -> Array:
-        return block.detach().cpu().reshape(tasks, -1).float().numpy()
+        return _floats(block, tasks)
 
     def add(_: Array | None, part: Array) -> Array:
         nonlocal filled
@@ -224,7 +224,12 @@ def held(n: int, tasks: int) -> Generator[Fold, Any, Array]:
 
 def magnitudes(block: Tensor, tasks: int) -> Array:
     """Those of a block, [tasks, n]."""
-    return block.detach().cpu().reshape(tasks, -1).float().abs().numpy()
+    return np.abs(_floats(block, tasks))
+
+
+def _floats(block: Tensor, tasks: int) -> Array:
+    """The entries of a block, [tasks, n]; by NumPy, since every call of torch lets go of Python's lock."""
+    return (block if block.dtype == torch.float32 else block.float()).numpy(force=True).reshape(tasks, -1)
 
 
 def nth(row: Array, rank: int) -> float:

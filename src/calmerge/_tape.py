@@ -4,6 +4,7 @@ A *plane* is one value for each entry of a block: the base has one, task vectors
 inputs, works on them step by step, and stores those that come out. A `Recorder` makes it.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,7 +117,7 @@ class Tape:
             offset: the index of the first entry.
             handles: as from `opened`.
         """
-        n = torch.Size(shape).numel()
+        n = math.prod(shape)
         starts, ends = self._layout(n)
         with _lent(starts[-1]) as data:
             firsts = []
@@ -137,13 +138,16 @@ class Tape:
         return self._planes(out, shape, ends)
 
     def _planes(self, out: Array, shape: tuple[int, ...], ends: Sequence[int]) -> list[Tensor]:
-        """The bytes that came out as tensors."""
-        bytes_out, n = torch.from_numpy(out), torch.Size(shape).numel()
-        found, at = [], 0
+        """The bytes that came out as tensors; by NumPy, since every call of torch lets go of Python's lock."""
+        n, found, at = math.prod(shape), [], 0
         for output in self.outputs:
-            stored = output.dtype if output.dtype in _STORES else torch.float32
-            planes = bytes_out[ends[at] : ends[at] + len(output.values) * n * stored.itemsize]
-            found.append(planes.view(stored).view(*output.prefix, *shape).to(output.dtype))
+            size = _store(output)[1]
+            planes = out[ends[at] : ends[at] + len(output.values) * n * size]
+            arranged = planes.view(np.float32 if size == 4 else np.int16).reshape(*output.prefix, *shape)
+            made = torch.from_numpy(arranged)
+            if made.dtype != output.dtype:
+                made = made.view(output.dtype) if size == output.dtype.itemsize else made.to(output.dtype)
+            found.append(made)
             at += len(output.values)
         return found
 

@@ -39,7 +39,7 @@ def sums(tau: Tensor) -> Tensor:
     >>> sums(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     tensor([3., 7.], dtype=torch.float64)
     """
-    return torch.from_numpy(tau.detach().cpu().reshape(len(tau), -1).numpy().sum(1, dtype=np.float64))
+    return torch.from_numpy(tau.numpy(force=True).reshape(len(tau), -1).sum(1, dtype=np.float64))
 
 
 def per_task(values: Tensor, tau: Tensor) -> Tensor:
