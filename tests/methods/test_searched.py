@@ -1,5 +1,6 @@
 """A searched merge: it finds the better options, by the score it declares, and refuses what it cannot know."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from calmerge import DataError, Run, UsageError, adamerging, dare, lines, searched, task_arithmetic, ties
+from calmerge import DataError, Run, TaskVectors, UsageError, adamerging, dare, lines, searched, task_arithmetic, ties
 from calmerge._pipe import build_pipe, read_pipe
+from calmerge._weights import Weights
 from calmerge._yaml import from_data
 from calmerge.fitting.options import read_space, with_options
 from calmerge.fitting.search import Range
@@ -99,6 +101,24 @@ def test_a_merge_that_learns_keeps_no_state_between_trials(toy: Any, tmp_path: P
     searched(toy.tvs, tasks=toy.tasks, inner=inner, space=space, budget=2, run=run)
     assert [f.name for f in tmp_path.glob("*.state.pt")] == []
     assert list(run.trace) == ["searched"]
+
+
+@pytest.mark.parametrize(("score", "during"), [("expert_kl", "rest"), ("validation", "all")])
+def test_what_learns_is_not_judged_by_what_it_learned_from(score: Any, during: str, toy: Any) -> None:
+    seen: list[int] = []
+
+    def learned(tvs: TaskVectors, *, tasks: Tasks, scale: float = 1.0) -> Weights:
+        seen.append(len(tasks.split("a", "pool")))
+        return task_arithmetic(tvs, scale=scale)
+
+    inputs = toy.tasks["a"].pool.dataset.tensors[0]
+    labelled = DataLoader(TensorDataset(inputs, torch.zeros(len(inputs), dtype=torch.int64)))
+    tasks = Tasks(toy.tasks.model, {t: replace(toy.tasks[t], validation=labelled) for t in toy.tasks})
+    n = len(tasks.split("a", "pool"))
+    options = {"score": score, "strategy": "grid", "budget": 2, "examples": n}
+    searched(toy.tvs, tasks=tasks, inner=partial(learned, tasks=tasks), space={"learned.scale": [0.5, 1.0]}, **options)
+    part = n - n // 2 if during == "rest" else n
+    assert seen == [part, part, n]
 
 
 def test_a_journal_is_gone_on_from_in_another_process(toy: Any, tmp_path: Path) -> None:

@@ -13,14 +13,17 @@ from calmerge._hints import alternatives, fault_of
 from calmerge._run import Run
 from calmerge._signature import name_of, options_of, raise_together
 from calmerge.fitting.search import Choice, Range, Value
+from calmerge.tasks.base import Tasks
 
 _PROVIDED = ("tasks", "run")
 
 
-def with_options(merge: Callable[..., Any], values: Mapping[str, Value]) -> Callable[..., Any]:
+def with_options(
+    merge: Callable[..., Any], values: Mapping[str, Value], tasks: Tasks | None = None
+) -> Callable[..., Any]:
     """The same merge with some options set; a method that stands in it twice gets them twice.
 
-    What learns inside it keeps no state, as that would belong to other options.
+    What learns inside it keeps no state, as that would belong to other options, and learns from `tasks` if given.
 
     >>> from functools import partial
     >>> from calmerge import ties
@@ -30,11 +33,13 @@ def with_options(merge: Callable[..., Any], values: Mapping[str, Value]) -> Call
     if not isinstance(merge, functools.partial):
         own = _set({}, name_of(merge), values)
         return functools.partial(merge, **own) if own else merge
-    args = tuple(_inside(arg, values) for arg in merge.args)
-    keywords = {key: _inside(value, values) for key, value in merge.keywords.items()}
+    args = tuple(_inside(arg, values, tasks) for arg in merge.args)
+    keywords = {key: _inside(value, values, tasks) for key, value in merge.keywords.items()}
     keywords = _set(keywords, name_of(merge), values)
     if "run" in keywords:
         keywords["run"] = Run()
+    if "tasks" in keywords and tasks is not None:
+        keywords["tasks"] = tasks
     return functools.partial(merge.func, *args, **keywords)
 
 
@@ -53,6 +58,16 @@ def functions_of(merge: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         for value in [*merge.args, *merge.keywords.values()]:
             for one in _callables(value):
                 yield from functions_of(one)
+
+
+def learns(merge: Callable[..., Any]) -> bool:
+    """Whether something in a merge is fitted to data.
+
+    >>> from calmerge import adamerging, ties
+    >>> learns(ties), learns(adamerging)
+    (False, True)
+    """
+    return any("tasks" in options_of(fn) for fn in functions_of(merge))
 
 
 def describe(merge: Any) -> str:
@@ -134,10 +149,10 @@ def _split(path: str) -> tuple[str, str]:
     return ".".join(parts[:2]), parts[2] if len(parts) == 3 else ""
 
 
-def _inside(value: Any, values: Mapping[str, Value]) -> Any:
+def _inside(value: Any, values: Mapping[str, Value], tasks: Tasks | None) -> Any:
     if isinstance(value, list | tuple):
-        return type(value)(_inside(one, values) for one in value)
-    return with_options(value, values) if _is_merge(value) else value
+        return type(value)(_inside(one, values, tasks) for one in value)
+    return with_options(value, values, tasks) if _is_merge(value) else value
 
 
 def _callables(value: Any) -> Iterator[Callable[..., Any]]:

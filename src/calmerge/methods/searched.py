@@ -7,12 +7,13 @@ from calmerge._run import Run
 from calmerge._signature import Count, Seed, check, raise_together
 from calmerge._task_vectors import Merge, TaskVectors
 from calmerge._weights import Weights
-from calmerge.fitting.options import describe, read_space, with_options
+from calmerge.fitting.options import describe, learns, read_space, with_options
 from calmerge.fitting.scores import ScoreName, scorer
 from calmerge.fitting.search import Found, Strategy, Trial, search
 from calmerge.methods.task_arithmetic import task_arithmetic
 from calmerge.report.traces import SearchTrace, Tried
 from calmerge.tasks.base import Tasks
+from calmerge.tasks.parted import parted
 
 
 def searched(
@@ -31,6 +32,9 @@ def searched(
     """The merge whose numbers and choices, of those tried, give the best score.
 
     argmax over v in the space of the mean over tasks of score_t(theta_0 + inner(v)).
+
+    Where `inner` learns from the pools itself and the score asks for no labels, half of every pool at most is held out:
+    what is tried learns from the rest and is judged by these. With the options that were found it learns from all.
 
     Args:
         tvs: task vectors of T experts.
@@ -69,13 +73,15 @@ def searched(
     raise_together(check(searched, options | {"examples": examples, "seed": seed}))
     run, tvs, inner = run or Run(), tvs.to(tasks.device), inner or task_arithmetic
     ranges = read_space(inner, space)
-    scores = scorer(tvs, tasks, score, examples=examples, seed=seed, run=run)
+    apart = score != "validation" and learns(inner)
+    rest, judging = parted(tasks, examples, seed=seed) if apart else (None, tasks)
+    scores = scorer(tvs, judging, score, examples=examples, seed=seed, run=run)
 
     def told(values: Mapping[str, Any]) -> float:
-        found = scores(with_options(inner, values)(tvs))
+        found = scores(with_options(inner, values, rest)(tvs))
         return sum(found[t] for t in tvs.tasks) / len(found)
 
-    key = f"{describe(inner)} {score} {examples} {tvs.fingerprint}"
+    key = f"{describe(inner)} {score} {examples}{' held out' * apart} {tvs.fingerprint}"
     found = search(told, ranges, strategy=strategy, budget=budget, seed=seed, run=run, label="searched", key=key)
     run.trace["searched"] = traced(found, score, strategy, found.best)
     best: Weights = with_options(inner, found.best.values)(tvs)
