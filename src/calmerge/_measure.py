@@ -21,7 +21,7 @@ from calmerge._passes import Spread, added, run_passes
 from calmerge._passes import ahead as ahead
 from calmerge._passes import workers as workers
 from calmerge._passes import worthwhile as worthwhile
-from calmerge._rank import rank_rounds, usual_passes
+from calmerge._rank import held_at_most, rank_rounds, usual_passes
 from calmerge._reader import Tapes
 from calmerge._run import Run
 from calmerge._weights import BLOCK, Node, Number, Site, Weights
@@ -41,10 +41,11 @@ class Measure(Number):
         inputs: weights of the same names whose blocks each pass is called with, and measures that come before.
         rounds: the passes, as a generator (see `Rounds`).
         passes: how many there are as a rule; 0 for what follows from other measures alone.
+        holds: bytes that the passes hold beside their blocks, at most; a plan tells peak memory from it.
     """
 
-    def __init__(self, inputs: tuple[Node, ...], rounds: Rounds, *, passes: int) -> None:
-        self.inputs, self.passes = inputs, passes
+    def __init__(self, inputs: tuple[Node, ...], rounds: Rounds, *, passes: int, holds: int = 0) -> None:
+        self.inputs, self.passes, self.holds = inputs, passes, holds
         self._rounds = rounds
         self._value: Tensor | None = None
         self._lock = threading.RLock()
@@ -146,7 +147,8 @@ def kth_magnitude(weights: Weights, k: "int | Sequence[int] | Measure") -> Measu
         return [int(rank) for rank in found.reshape(-1, 1).expand(n, 1)[:, 0]]
 
     inputs = (weights, k) if isinstance(k, Measure) else (weights,)
-    return Measure(inputs, lambda: rank_rounds(weights, n, ranks), passes=usual_passes(weights, n))
+    held, passes = held_at_most(weights, n), usual_passes(weights, n)
+    return Measure(inputs, lambda: rank_rounds(weights, n, ranks), passes=passes, holds=held)
 
 
 class PerTensor(Number):

@@ -20,7 +20,8 @@ from calmerge._reader import Reader, Tapes
 from calmerge._run import Run
 from calmerge._weights import Node, Stretch, Weights, entries, site_of, stretches
 
-_TOGETHER = 8  # blocks that may come as one: of T tasks that are 4 T MB, less than torch takes for one block
+TOGETHER = 8
+"""Blocks that may come as one: of T tasks that are 4 T MB, less than torch takes for one block."""
 _TINY = 2**13  # entries of a tensor that take less time than the Python around them
 A = TypeVar("A")
 B = TypeVar("B")
@@ -67,7 +68,7 @@ def run_passes(
     inputs = [n for nodes, _ in work for n in nodes if isinstance(n, Weights)]
     weights = next((w for w in inputs if not w.elementwise), inputs[0])
     folds = [one if isinstance(one, Fold) else Fold(one, added) for _, one in work]
-    together = _TOGETHER if all(isinstance(one, Fold) for _, one in work) else 1
+    together = TOGETHER if all(isinstance(one, Fold) for _, one in work) else 1
     reader = Reader([node for nodes, _ in work for node in nodes], taping=taping, kept=kept)
 
     def parts(stretch: Stretch) -> tuple[int, list[list[Any]]]:

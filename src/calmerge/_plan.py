@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from heapq import nlargest
 from itertools import chain
 
+from calmerge._compiled import usable
 from calmerge._errors import UsageError
 from calmerge._lora import Adapted
 from calmerge._measure import Measure, stages
 from calmerge._memory import private_memory
+from calmerge._passes import TOGETHER
 from calmerge._size import bytes_of, shown
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import BLOCK, Computed, Gathered, Node, Spec, Weights, blocks, entries
@@ -115,8 +117,7 @@ def _settings(
 ) -> tuple[int, int, int]:
     """The most threads, and then the largest chunk, that stay within the limit; and the memory that they take."""
     counting = [  # the groups of one stage are worked on side by side
-        nlargest(_MOST_THREADS, chain.from_iterable(_block_sizes(*_over(group), BLOCK) for group in stage))
-        for stage in steps
+        nlargest(_MOST_THREADS, chain.from_iterable(_measured(group) for group in stage)) for stage in steps
     ]
 
     def memory(threads: int, chunk: int) -> int:
@@ -150,6 +151,17 @@ def _why(parts: Sequence[Sequence[Weights]]) -> str:
         f"it works on whole tensors, and holds {held.bytes(name, n) / (n * _FLOAT):.0f} float32 copies of the largest, "
         f"'{name}'"
     )
+
+
+def _measured(group: Sequence[Measure]) -> list[int]:
+    """As `_block_sizes`, of a group of measures; on the first falls what their passes hold beside their blocks."""
+    nodes, grid = _over(group)
+    sizes = _block_sizes(nodes, grid, BLOCK)
+    if usable(grid.numel):  # a tape gives several blocks as one
+        planes = sum(_width(one) for measure in group for one in measure.inputs if isinstance(one, Weights))
+        n = min(TOGETHER * BLOCK, max(spec.numel for spec in grid.specs.values()))
+        sizes = [max(size, planes * n * _FLOAT) for size in sizes]
+    return [sizes[0] + sum(measure.holds for measure in group), *sizes[1:]] if sizes else sizes
 
 
 def _block_sizes(nodes: Iterable[Node], grid: Weights, chunk: int) -> list[int]:

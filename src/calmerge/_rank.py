@@ -45,6 +45,12 @@ def usual_passes(weights: Weights, tasks: int) -> int:
     return 1 if weights.elementwise or weights.numel * tasks <= _GATHERED else 2
 
 
+def held_at_most(weights: Weights, tasks: int) -> int:
+    """Bytes that these passes hold beside their blocks: magnitudes, room to find a rank among them, and bins."""
+    entries = weights.numel * tasks
+    return 8 * min(entries, _GATHERED) + (16 * _COUNTERS if entries > _GATHERED else 0)
+
+
 def rank_rounds(weights: Weights, tasks: int, ranks: Callable[[], Sequence[int]]) -> Generator[Fold, Any, Tensor]:
     """The rounds of a measure: for each task, the magnitude whose rank, counted from 1, is asked for.
 

@@ -100,7 +100,9 @@ def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
     if k and all(one <= 0 or one >= n for one in k):
         return Measure((), lambda: _trivial(torch.tensor(k), n), passes=0)
     if n * tasks <= _HELD:
-        return Measure((weights,), lambda: _at_once(n, tasks, counts), passes=1)
+        # magnitudes, room to find a rank among them, which are equal to it, and where those are
+        holds = n * (4 * tasks + 12)
+        return Measure((weights,), lambda: _at_once(n, tasks, counts), passes=1, holds=holds)
     number: Measure | None = None
     if isinstance(counts, float):
         varying = count(weights, lambda block: torch.count_nonzero(block.reshape(tasks, -1), 1))
