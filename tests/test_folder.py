@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def stopping_at(name: str, delta: Weights, stop: Callable[[], BaseException] = K
     return delta.map(fn)
 
 
-def save(path: Path, tvs: TaskVectors, delta: Weights, **options: object) -> None:
+def save(path: Path, tvs: TaskVectors, delta: Weights | cm.Merged, **options: object) -> None:
     cm.save(path, tvs, delta, shard=1000, recipe=RECIPE, threads=1, **options)  # type: ignore[arg-type]
 
 
@@ -141,8 +142,28 @@ def test_measured_thresholds_are_kept(inputs: TaskVectors, tmp_path: Path, monke
     stop(tmp_path / "out", inputs)
     merged = cm.ties(inputs)
     with monkeypatch.context() as patch:
-        patch.setattr("calmerge._measure._side_by_side", lambda *_: pytest.fail("measured again"))
+        patch.setattr("calmerge._measure._side_by_side", lambda *_, **__: pytest.fail("measured again"))
         save(tmp_path / "out", inputs, merged, resume=True)
+    assert content(tmp_path / "out") == content(tmp_path / "unbroken")
+
+
+def test_a_merge_with_patches_goes_on_with_the_same_bytes(
+    inputs: TaskVectors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "unbroken", inputs, cm.emr(inputs))
+    merged = cm.emr(inputs)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "out", inputs, replace(merged, shared=stopping_at("d", merged.shared)))
+    journal = [json.loads(line) for line in (tmp_path / ".out.journal").read_text().splitlines()]
+    assert [line["file"] for line in journal if "file" in line] == [
+        *(f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)),
+        *(f"shared/model-0000{i}-of-00005.safetensors" for i in range(1, 4)),
+    ]
+    again = cm.emr(inputs)
+    again = replace(again, shared=stopping_at("b", again.shared, AssertionError))
+    with monkeypatch.context() as patch:
+        patch.setattr("calmerge._measure._side_by_side", lambda *_, **__: pytest.fail("measured again"))
+        save(tmp_path / "out", inputs, again, resume=True)
     assert content(tmp_path / "out") == content(tmp_path / "unbroken")
 
 

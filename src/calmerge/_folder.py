@@ -66,7 +66,7 @@ def resumable_folder(
     check_free(path)
     partial = path.with_name(f".{path.name}.partial")
     with _errors_of(path), _locked(path.with_name(f".{path.name}.journal"), path) as file:
-        journal = Journal(file, key or {})
+        journal = Journal(file, key or {}, partial)
         keep = resumed = resume and partial.is_dir() and journal.recover(path)
         try:
             check_free(path)  # again: another run may have finished between the look and the lock
@@ -75,7 +75,7 @@ def resumable_folder(
                 journal.begin()
                 partial.mkdir()
             for left in [p for p in partial.rglob("*") if p.is_file()]:
-                if str(left.relative_to(partial)) in journal.finished:
+                if journal.name(left) in journal.finished:
                     need -= left.stat().st_size
                 else:
                     left.unlink()
@@ -112,13 +112,18 @@ def forget(path: Path) -> None:
 class Journal:
     """What a run has finished, in a file of one JSON document a line; a line is written when its file is safe on disk.
 
+    Args:
+        file: the journal's own.
+        key: what the content depends on.
+        folder: in which the run writes.
+
     Attributes:
         finished: SHA-256 by name, of the files that are whole.
         measured: numbers over the model that were found, in the order of their graph; None if they were not kept.
     """
 
-    def __init__(self, file: BinaryIO, key: Mapping[str, str]) -> None:
-        self._file, self._key = file, dict(key)
+    def __init__(self, file: BinaryIO, key: Mapping[str, str], folder: Path) -> None:
+        self._file, self._key, self._folder = file, dict(key), folder
         self._lock = threading.Lock()
         self.finished: dict[str, str] = {}
         self.measured: list[Tensor] | None = None
@@ -164,8 +169,12 @@ class Journal:
     def finish(self, file: Path, sha256: str) -> None:
         """Note that a file is whole, once it is safe on disk."""
         sync(file)
-        self.finished[file.name] = sha256
-        self._write({"file": file.name, "sha256": sha256})
+        self.finished[self.name(file)] = sha256
+        self._write({"file": self.name(file), "sha256": sha256})
+
+    def name(self, file: Path) -> str:
+        """What a file is called here: its place in the folder."""
+        return file.relative_to(self._folder).as_posix()
 
     def keep(self, numbers: Sequence[Tensor]) -> None:
         """Note measured numbers, unless they are too many to be worth it."""

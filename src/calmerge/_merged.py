@@ -1,6 +1,7 @@
 """More than one model out of one merge: a shared vector, and a small patch for each task."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from calmerge._checkpoint import open_checkpoint
 from calmerge._errors import CheckpointError, UsageError, did_you_mean
+from calmerge._folder import Journal
 from calmerge._run import Run
 from calmerge._weights import Spec, Weights
-from calmerge._writer import write_json, write_side_by_side
+from calmerge._writer import settle_kept, write_json, write_side_by_side
 
 if TYPE_CHECKING:
     import torch
@@ -175,17 +177,20 @@ def written_together(merged: Merged) -> list[dict[str, Weights]]:
 
 def write_merged(
     folder: Path, merged: Merged, *, shard: str | int = "5GB", chunk: int = 2**18,
-    threads: int | None = None, run: Run | None = None,
+    threads: int | None = None, run: Run | None = None, journal: Journal | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """The SHA-256 of the files written: `shared/` with the shared vector in float32, `patches/<task>/`, `router/`."""
     hashes: dict[str, str] = {}
-    for group in written_together(merged):
+    groups = written_together(merged)
+    every = [weights for group in groups for weights in group.values()]
+    settle_kept(every, threads or os.cpu_count() or 1, run or Run(), journal)
+    for group in groups:
         for name in group:
             (folder / name).mkdir(parents=True, exist_ok=True)
         # an eighth of a chunk: a byte of a mask stands for eight entries
         size = chunk if "shared" in group else max(1, chunk // 8)
         places = {folder / name: weights for name, weights in group.items()}
-        written = write_side_by_side(places, shard=shard, chunk=size, threads=threads, run=run)
+        written = write_side_by_side(places, shard=shard, chunk=size, threads=threads, run=run, journal=journal)
         hashes |= {f"{p.relative_to(folder)}/{file}": sha for p, of in written.items() for file, sha in of.items()}
     for task, patch in merged.patches.items():
         write_json(folder / "patches" / task / "patch.json", {"kind": patch.kind})

@@ -100,7 +100,9 @@ def save(
             folder, weights, shard=shard, chunk=work.chunk, threads=work.threads, run=run, journal=journal
         )
         if patched:
-            files |= write_merged(folder, patched, shard=shard, chunk=work.chunk, threads=work.threads, run=run)
+            files |= write_merged(
+                folder, patched, shard=shard, chunk=work.chunk, threads=work.threads, run=run, journal=journal
+            )
         for task, head in tvs.heads.items():
             files |= _write_head(folder, tvs, task, head)
         if card:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -58,32 +58,14 @@ def write_weights(
         run: progress in bytes.
         journal: of what is finished; files that it knows and that still have their hash are not written again.
     """
-    run = run or Run()
-    files = shards(weights, bytes_of(shard))
-    threads = threads or os.cpu_count() or 1
-    hashes: dict[str, str] = {}
-    busy = worthwhile(threads, weights.numel, len(weights))
-    with run.progress.track("writing", weights.nbytes, "B") as bar, workers(busy) as pool:
-        if journal is not None:
-            hashes = _still_whole(folder, journal, pool)
-            bar.advance(sum(weights.specs[name].nbytes for file in hashes for name in files[file]))
-        if len(hashes) < len(files):
-            _settle(weights, threads, run, journal)
-        finishing: list[Future[None]] = []
-        kept: Tapes = {}
-        for file, names in files.items():
-            if file not in hashes:
-                hashes[file] = _write_files({folder / file: weights}, names, chunk, pool, bar, kept)[0]
-                if journal is not None:
-                    finishing.append(pool.submit(journal.finish, folder / file, hashes[file]))  # beside the next one
-        for done in finishing:
-            done.result()
-    return {file: hashes[file] for file in files} | _write_index(folder, weights, files)
+    return write_side_by_side({folder: weights}, shard=shard, chunk=chunk, threads=threads, run=run, journal=journal)[
+        folder
+    ]
 
 
 def write_side_by_side(
     parts: Mapping[Path, Weights], *, shard: str | int = "5GB", chunk: int = BLOCK,
-    threads: int | None = None, run: Run | None = None,
+    threads: int | None = None, run: Run | None = None, journal: Journal | None = None,
 ) -> dict[Path, dict[str, str]]:  # fmt: skip
     """As `write_weights`, for several folders whose weights have the same names, shapes and types.
 
@@ -98,15 +80,26 @@ def write_side_by_side(
     assert all(weights.specs == first.specs for weights in parts.values())
     files = shards(first, bytes_of(shard))
     threads = threads or os.cpu_count() or 1
-    settle(parts.values(), threads=threads, run=run)
     hashes: dict[Path, dict[str, str]] = {folder: {} for folder in parts}
+    finishing: list[Future[None]] = []
     kept: Tapes = {}
     busy = worthwhile(threads, first.numel, len(first))
     with run.progress.track("writing", first.nbytes * len(parts), "B") as bar, workers(busy) as pool:
+        there = {file: _still_whole([folder / file for folder in parts], journal, pool) for file in files}
+        if not all(there.values()):
+            settle_kept(parts.values(), threads, run, journal)
         for file, names in files.items():
-            here = {folder / file: weights for folder, weights in parts.items()}
-            for folder, found in zip(parts, _write_files(here, names, chunk, pool, bar, kept), strict=True):
-                hashes[folder][file] = found
+            here, found = {folder / file: weights for folder, weights in parts.items()}, there[file]
+            if found:
+                bar.advance(sum(first.specs[name].nbytes for name in names) * len(parts))
+            else:
+                found = _write_files(here, names, chunk, pool, bar, kept)
+                if journal is not None:  # beside the next ones
+                    finishing += [pool.submit(journal.finish, *one) for one in zip(here, found, strict=True)]
+            for folder, one in zip(parts, found, strict=True):
+                hashes[folder][file] = one
+        for done in finishing:
+            done.result()
     for folder, weights in parts.items():
         hashes[folder] |= _write_index(folder, weights, files)
     return hashes
@@ -201,20 +194,24 @@ def shards(weights: Weights, limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
-def _still_whole(folder: Path, journal: Journal, pool: ThreadPoolExecutor) -> dict[str, str]:
-    """The finished files that are as the journal says."""
-    found = pool.map(lambda file: sha256(folder / file) if (folder / file).is_file() else "", journal.finished)
-    return {file: hash for (file, hash), now in zip(journal.finished.items(), found, strict=True) if hash == now}
+def _still_whole(paths: Sequence[Path], journal: Journal | None, pool: ThreadPoolExecutor) -> list[str]:
+    """The hashes of files that were finished before and are as the journal says; none unless all are."""
+    said = [] if journal is None else [journal.finished.get(journal.name(path), "") for path in paths]
+    if not all(said):
+        return []
+    now = list(pool.map(lambda path: sha256(path) if path.is_file() else "", paths))
+    return now if now == said else []
 
 
-def _settle(weights: Weights, threads: int, run: Run, journal: Journal | None) -> None:
-    """Find the numbers that the weights depend on, or take those which a stopped run had found."""
-    waiting = pending([weights])
+def settle_kept(weights: Iterable[Weights], threads: int, run: Run, journal: Journal | None) -> None:
+    """Find the numbers that weights depend on, or take those which a stopped run had found."""
+    weights = list(weights)
+    waiting = pending(weights)
     if journal is not None and journal.measured is not None and len(journal.measured) == len(waiting):
         for measure, number in zip(waiting, journal.measured, strict=True):
             measure.settle_as(number)
-    settle([weights], threads=threads, run=run)
-    if journal is not None and journal.measured is None:
+    settle(weights, threads=threads, run=run)
+    if journal is not None and journal.measured is None and waiting:
         journal.keep([measure.value() for measure in waiting])
 
 
