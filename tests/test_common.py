@@ -410,9 +410,9 @@ def test_any_shard_chunk_and_number_of_threads_writes_the_same_bytes(name: str, 
 def test_tapes_give_the_bytes_of_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
     draw = torch.Generator().manual_seed(0)
-    base = {
-        n: torch.randn(s, generator=draw).bfloat16() for n, s in {"layers.0.w": (40, 32), "layers.1.b": (1600,)}.items()
-    }
+    # tensors of one shape, which may share a tape, and one of another
+    shapes = {"layers.0.w": (40, 32), "layers.1.w": (40, 32), "layers.1.b": (1600,), "layers.2.w": (40, 32)}
+    base = {n: torch.randn(s, generator=draw).bfloat16() for n, s in shapes.items()}
     experts = {
         task: {n: (w.float() + 0.05 * torch.randn(w.shape, generator=draw)).bfloat16() for n, w in base.items()}
         for task in list("abcd")[: TABLE[name].experts]

@@ -162,3 +162,16 @@ def test_a_number_that_is_no_factor_is_taken_down_for_each(taken: list[str]) -> 
     found = read(weights)
     assert taken == ["a", "b", "c"]
     assert all(torch.equal(found[name], weights[name]) for name in found)
+
+
+def test_a_factor_whose_elements_share_a_place_has_them_side_by_side(taken: list[str]) -> None:
+    tvs = task_vectors({name: torch.zeros(400, 128) for name in "abc"}, {"x": ALIKE, "y": ALIKE})
+    sums = per_tensor(
+        tvs, lambda one: total(one, lambda tau: tau.mean().double()).map(lambda s: s.expand(2)), factor=True
+    )
+    settle([sums])
+    weights = tvs.reduce(lambda tau, number, site: (tau * number.to(tau).reshape(2, 1, 1)).amax(0), sums)
+    taken.clear()
+    found = read(weights)
+    assert taken == ["a"]
+    assert all(torch.equal(found[name], weights[name]) for name in found)

@@ -171,7 +171,8 @@ class PerTensor(Number):
 
     def at(self, site: Site) -> Tensor:
         """The number of the tensor at `site`."""
-        return self._measures[site.name].value()
+        number = self._measures[site.name].value()
+        return number.contiguous() if self.factor else number
 
 
 def per_tensor(weights: W, measure: Callable[[W], Measure], *, factor: bool = False) -> PerTensor:

@@ -144,9 +144,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._hand(number, [Handed(node, i) for i in range(number.numel())])
 
     def _hand(self, number: Tensor, what: Sequence["Handed"]) -> None:
-        if number.is_contiguous():
-            for i, one in enumerate(what):
-                self._handed[number.data_ptr() + i * number.itemsize] = one
+        """Note where the elements of a number lie; those that share a place could not be told apart."""
+        self.particular |= not number.is_contiguous()
+        for i, one in enumerate(what):
+            self._handed[number.data_ptr() + i * number.itemsize] = one
 
     def _told(self, number: Tensor) -> "list[Handed] | None":
         """What was handed to computations as this tensor."""
