@@ -286,6 +286,62 @@ def test_the_same_bytes_for_any_number_of_threads(tmp_path: Path) -> None:
     assert one == two
 
 
+def stopping_after(n: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Factors are found n times, then the run is stopped; how many were found."""
+    found: list[int] = []
+
+    def counted(matrix: Tensor, **options: Any) -> Any:
+        if len(found) == n:
+            raise KeyboardInterrupt
+        found.append(1)
+        return factorise(matrix, **options)
+
+    monkeypatch.setattr("calmerge._save_adapter.factorise", counted)
+    return found
+
+
+def write(path: Path, **options: Any) -> None:
+    tvs = task_vectors(BASE, {"expert": expert()})
+    save_adapter(path, tvs, tvs.of("expert"), recipe={"merge": ["average"]}, threads=1, **options)
+
+
+def test_a_stopped_run_goes_on_from_the_factors_it_had_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "unbroken", rank=1)
+    stopping_after(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", rank=1)
+    assert not (tmp_path / "out").exists()
+    again = stopping_after(1, monkeypatch)
+    write(tmp_path / "out", rank=1, resume=True)
+    assert len(again) == 1
+    assert sorted(f.name for f in (tmp_path / "out").rglob("*")) == sorted(
+        f.name for f in (tmp_path / "unbroken").rglob("*")
+    )
+    assert all(f.read_bytes() == (tmp_path / "out" / f.name).read_bytes() for f in (tmp_path / "unbroken").iterdir())
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_factors_of_other_options_are_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopping_after(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", rank=1)
+    with pytest.raises(OutputError, match="it was begun with another options of the adapter"):
+        write(tmp_path / "out", rank=2, resume=True)
+
+
+def test_factors_that_changed_since_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "unbroken", rank=1)
+    stopping_after(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", rank=1)
+    (kept,) = (tmp_path / ".out.partial" / "factors").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1] + b"x")
+    monkeypatch.undo()
+    write(tmp_path / "out", rank=1, resume=True)
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "unbroken" / n).read_bytes() for n in names)
+
+
 def test_the_folder_is_no_input_s(tmp_path: Path) -> None:
     tvs = golden()
     with pytest.raises(OutputError, match="would overwrite expert 'a'"):

@@ -178,7 +178,7 @@ def run_recipe(
     seconds = time.perf_counter() - started + sum(inner.earlier)
     report = _report(recipe, tvs, delta, inner, command, seconds=seconds)
     if recipe.out.adapter is not None:
-        manifest = _as_adapter(recipe, path, tvs, delta, report, run)
+        manifest = _as_adapter(recipe, path, tvs, delta, report, run, resume=resume)
     else:
         manifest = save(
             path,
@@ -198,7 +198,7 @@ def run_recipe(
 
 
 def _as_adapter(
-    recipe: Recipe, path: Path, tvs: TaskVectors, delta: Weights | Merged, report: "Report", run: Run
+    recipe: Recipe, path: Path, tvs: TaskVectors, delta: Weights | Merged, report: "Report", run: Run, *, resume: bool
 ) -> dict[str, Any]:
     if isinstance(delta, Merged):
         raise UsageError(
@@ -212,6 +212,7 @@ def _as_adapter(
         **_adapter(recipe),
         dtype=_dtype(recipe) or torch.float32,
         recipe=recipe.to_dict(),
+        resume=resume,
         also=lambda folder: _write_report(_with_inputs(report, recipe, tvs), folder),
         run=run,
     )

@@ -81,8 +81,7 @@ def save(
     tensor([1., 1.])
     """
     path = Path(path)
-    if resume and recipe is None:
-        raise UsageError("resume needs the recipe: nothing else tells whether a stopped run made the same merge.")
+    check_resume(resume, recipe)
     check_apart(path, tvs)
     patched = delta if isinstance(delta, Merged) else None
     vector = delta.shared if isinstance(delta, Merged) else delta
@@ -90,7 +89,7 @@ def save(
     others = to_write(tvs, patched)[1:] if patched else []
     work = plan(weights, *others, shard=shard, chunk=chunk, threads=threads, max_memory=max_memory)
     need = work.writes + sum(head.nbytes for head in tvs.heads.values())
-    key = None if recipe is None else _key(tvs, recipe, weights, shard)
+    key = None if recipe is None else key_of(tvs, recipe, weights, shard)
     with (
         resumable_folder(path, need=need, key=key, resume=resume) as (folder, journal),
         _hashing(tvs) as hashed,
@@ -289,7 +288,18 @@ def checkpoints_behind(node: Node) -> list[Checkpoint]:
     return sorted(found.values(), key=lambda c: c.label)
 
 
-def _key(tvs: TaskVectors, recipe: Mapping[str, Any], weights: Weights, shard: str | int) -> dict[str, str]:
+def check_resume(resume: bool, recipe: Mapping[str, Any] | None) -> None:
+    """Refuses to go on from a stopped run where no recipe tells which one.
+
+    >>> check_resume(True, None)
+    Traceback (most recent call last):
+    calmerge._errors.UsageError: resume needs the recipe: nothing else tells whether a stopped run made the same merge.
+    """
+    if resume and recipe is None:
+        raise UsageError("resume needs the recipe: nothing else tells whether a stopped run made the same merge.")
+
+
+def key_of(tvs: TaskVectors, recipe: Mapping[str, Any], weights: Weights, shard: str | int = "5GB") -> dict[str, str]:
     """All that the bytes depend on, by what a message calls it."""
     return {
         "recipe": digest(_content(recipe)),

@@ -14,16 +14,17 @@ from torch import Tensor
 from calmerge._adapter_config import CONFIG, adapter_options
 from calmerge._checkpoint import Checkpoint, Source
 from calmerge._errors import CheckpointError, OutputError, UsageError
-from calmerge._folder import new_folder
+from calmerge._folder import resumable_folder
 from calmerge._hash import sha256
 from calmerge._lora import Adapted, adapted, config_of, stored_in_out, tied
-from calmerge._measure import ahead, settle, workers
+from calmerge._measure import ahead, workers
+from calmerge._products import Products
 from calmerge._run import Run
-from calmerge._save import check_apart, input_hashes, own_version, versions
+from calmerge._save import check_apart, check_resume, input_hashes, key_of, own_version, versions
 from calmerge._signature import Count, KeepFraction, check, raise_together
 from calmerge._task_vectors import TaskVectors, task_vectors
-from calmerge._weights import Weights, add, blocks
-from calmerge._writer import MANIFEST, write_json
+from calmerge._weights import Weights, add, blocks, digest
+from calmerge._writer import MANIFEST, settle_kept, write_json
 from calmerge.pieces.factorise import Product, factorise
 
 Kind = Literal["linear", "embedding", "full", "left out"]
@@ -63,6 +64,7 @@ def save_adapter(
     full: bool = True,
     dtype: torch.dtype = torch.float32,
     recipe: Mapping[str, Any] | None = None,
+    resume: bool = False,
     also: Callable[[Path], None] | None = None,
     threads: int | None = None,
     run: Run | None = None,
@@ -85,14 +87,16 @@ def save_adapter(
         energy: share of the squared singular values kept of each module, in (0, 1].
         full: whether changed norms, biases and the like are kept as full tensors; left out if not.
         dtype: of factors and full tensors.
-        recipe: what made `delta`, for the manifest.
+        recipe: what made `delta`, for the manifest; without it nothing is kept of a run that is stopped.
+        resume: go on from the factors that a stopped run with the same recipe, inputs and options had found.
         also: called with the folder before it is whole, to write more files into it.
         threads: tensors worked on at a time; as many as there are cores when None.
         run: progress in entries.
 
     Raises:
-        UsageError: an exact adapter was asked for and a module has too much rank for one.
-        OutputError: the place is taken, is an input's, or cannot be written.
+        UsageError: an exact adapter was asked for and a module has too much rank for one; `resume` without a recipe.
+        OutputError: the place is taken, is an input's, or cannot be written; or what a stopped run left is of another
+            merge.
         CheckpointError: an input has entries that are NaN or infinite.
 
     >>> import tempfile
@@ -110,12 +114,16 @@ def save_adapter(
     """
     raise_together(check(adapter_options, {"rank": rank, "energy": energy, "full": full}, name="adapter"))
     path, run, threads = Path(path), run or Run(), threads or os.cpu_count() or 1
+    check_resume(resume, recipe)
     check_apart(path, tvs)
     pad = rank if energy is None else None
-    make = _Maker(tvs, delta, rank=rank, energy=energy, full=full, pad=pad, dtype=dtype)
     need = largest(tvs, rank=rank, energy=energy, full=full, dtype=dtype) if rank else 0
-    with new_folder(path, need=need) as folder:
-        settle([delta], threads=threads, run=run)
+    options = {"options of the adapter": digest((rank, energy, full, dtype))}
+    key = None if recipe is None else key_of(tvs, recipe, delta) | options
+    with resumable_folder(path, need=need if key is None else 2 * need, key=key, resume=resume) as (folder, journal):
+        kept = None if key is None else Products(folder / "factors", journal)
+        make = _Maker(tvs, delta, rank=rank, energy=energy, full=full, pad=pad, dtype=dtype, kept=kept)
+        settle_kept([delta], threads, run, journal)
         with run.progress.track("factorising", delta.numel, "entry") as bar, workers(threads) as pool:
             for names in make.in_order():
                 for size in ahead(pool, make, names, 2 * threads):
@@ -127,6 +135,8 @@ def save_adapter(
         save_file(dict(sorted(make.tensors.items())), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(folder / CONFIG, config)
         make.verify(folder)
+        if kept:
+            kept.clear()
         rows = [make.rows[n] for n in [*delta, *(n for n in make.rows if n not in delta)] if n in make.rows]
         manifest = {
             "calmerge": own_version(),
@@ -155,6 +165,7 @@ def extract_lora(
     full: bool = True,
     exclude: tuple[str, ...] = (),
     dtype: torch.dtype = torch.float32,
+    resume: bool = False,
     run: Run | None = None,
 ) -> dict[str, Any]:
     """The manifest of the PEFT folder written: what an expert adds to its base, as a LoRA adapter.
@@ -163,7 +174,7 @@ def extract_lora(
         base: what the expert was fine-tuned from.
         expert: a full model, or an adapter whose rank is to change.
         path: a folder that does not exist yet, or is empty.
-        rank, energy, full, dtype, run: as in `save_adapter`.
+        rank, energy, full, dtype, resume, run: as in `save_adapter`.
         exclude: shell patterns of tensors that stay the base's.
 
     >>> import tempfile
@@ -175,7 +186,11 @@ def extract_lora(
             [2., 4.]])
     """
     tvs = task_vectors(base, {"expert": expert}, exclude=exclude)
-    return save_adapter(path, tvs, tvs.of("expert"), rank=rank, energy=energy, full=full, dtype=dtype, run=run)
+    recipe = {"extract_lora": {"rank": rank, "energy": energy, "full": full, "exclude": list(exclude)}}
+    return save_adapter(
+        path, tvs, tvs.of("expert"), rank=rank, energy=energy, full=full, dtype=dtype, recipe=recipe, resume=resume,
+        run=run,
+    )  # fmt: skip
 
 
 def largest(
@@ -204,8 +219,9 @@ class _Maker:
 
     def __init__(
         self, tvs: TaskVectors, delta: Weights, *, rank: int | None, energy: float | None, full: bool, pad: int | None,
-        dtype: torch.dtype,
+        dtype: torch.dtype, kept: Products | None,
     ) -> None:  # fmt: skip
+        self._kept = kept
         self._tvs, self._delta, self._whole = tvs, delta, add(tvs.base, delta)
         self._rank, self._energy, self._full, self._pad, self._dtype = rank, energy, full, pad, dtype
         self._adapters = [w for w in tvs.experts.values() if isinstance(w, Adapted)]
@@ -310,7 +326,12 @@ class _Maker:
     def _factors(self, name: str, kind: Kind, tensor: Tensor) -> None:
         ranks = self._tvs.ranks(name)
         within = self._tvs.factors(name) if ranks is not None else None
-        found = factorise(tensor.flatten(1), rank=self._rank, energy=self._energy, dtype=self._dtype, within=within)
+
+        def make() -> Product:
+            matrix = tensor.flatten(1)
+            return factorise(matrix, rank=self._rank, energy=self._energy, dtype=self._dtype, within=within)
+
+        found = self._kept.of(name, make) if self._kept else make()
         if found.rank == 0:
             return
         m, n = found.left.shape[0], found.right.shape[1]

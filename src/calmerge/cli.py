@@ -34,7 +34,7 @@ class _Group(TyperGroup):
             _fail(e)
         except KeyboardInterrupt:
             typer.echo(
-                "stopped; what was finished is kept: the same command goes on from there (merge: with --resume).",
+                "stopped; what was finished is kept: the same command goes on from there (merge, extract-lora: with --resume).",
                 err=True,
             )
             raise typer.Exit(130) from None
@@ -419,6 +419,9 @@ def extract(
         list[str] | None, typer.Option("--exclude", help="Shell pattern of tensors that stay the base's.")
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the factors that a stopped run of the same command had found.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -439,7 +442,7 @@ def extract(
 
     manifest = extract_lora(
         base, expert, out, rank=rank, energy=energy, full=not no_full, exclude=tuple(exclude or ()),
-        dtype=getattr(torch, dtype), run=_run(quiet),
+        dtype=getattr(torch, dtype), resume=resume, run=_run(quiet),
     )  # fmt: skip
     _show().emit(manifest, as_json, lambda: _show().adapter(manifest["modules"], out))
 
