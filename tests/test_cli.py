@@ -209,7 +209,7 @@ def test_resume_goes_on_from_a_stopped_merge(recipe: Path, monkeypatch: pytest.M
             patch.setattr(calmerge._save, "_write_head", stopped)
             done = call("merge", recipe)
         assert done.exit_code == 130
-        assert "the same command goes on from there (merge: with --resume)" in done.stderr
+        assert "the same command goes on from there (merge, extract-lora: with --resume)" in done.stderr
         assert not (recipe.parent / "merged").exists()
         done = call("merge", recipe, *words, "--out", recipe.parent / "merged")
         assert (done.exit_code, says in done.stderr) == (0, True), done.stderr
