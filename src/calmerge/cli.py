@@ -34,7 +34,8 @@ class _Group(TyperGroup):
             _fail(e)
         except KeyboardInterrupt:
             typer.echo(
-                "stopped; what was finished is kept: the same command goes on from there (merge, extract-lora: with --resume).",
+                "stopped; what was finished is kept: the same command goes on from there "
+                "(merge, extract-lora: with --resume).",
                 err=True,
             )
             raise typer.Exit(130) from None
