@@ -42,7 +42,7 @@ def test_a_finished_cell_keeps_its_name_when_options_are_added() -> None:
 
 def test_the_settled_fraction_keeps_the_cells_that_are_there_and_can_be_solved() -> None:
     cells = flagship.settled("text")
-    assert len(set(cells)) == 12
+    assert len(set(cells)) == 24
     assert set(cells[:6]) <= set(flagship.confirm("text"))
     for factor, levels in flagship.SETTLED.items():
         assert {getattr(cell, factor) for cell in cells} == set(levels)
