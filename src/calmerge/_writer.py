@@ -84,22 +84,24 @@ def write_side_by_side(
     finishing: list[Future[None]] = []
     kept: Tapes = {}
     busy = worthwhile(threads, first.numel, len(first))
-    with run.progress.track("writing", first.nbytes * len(parts), "B") as bar, workers(busy) as pool:
-        there = {file: _still_whole([folder / file for folder in parts], journal, pool) for file in files}
+    with run.progress.track("writing", first.nbytes * len(parts), "B") as bar:
+        there = {file: _still_whole([folder / file for folder in parts], journal) for file in files}
         if not all(there.values()):
             settle_kept(parts.values(), threads, run, journal)
-        for file, names in files.items():
-            here, found = {folder / file: weights for folder, weights in parts.items()}, there[file]
-            if found:
-                bar.advance(sum(first.specs[name].nbytes for name in names) * len(parts))
-            else:
-                found = _write_files(here, names, chunk, pool, bar, kept)
-                if journal is not None:  # beside the next ones
-                    finishing += [pool.submit(journal.finish, *one) for one in zip(here, found, strict=True)]
-            for folder, one in zip(parts, found, strict=True):
-                hashes[folder][file] = one
-        for done in finishing:
-            done.result()
+        # after `settle`, which gives BLAS its threads back when it is done: the pool's own begin with one each
+        with workers(busy) as pool:
+            for file, names in files.items():
+                here, found = {folder / file: weights for folder, weights in parts.items()}, there[file]
+                if found:
+                    bar.advance(sum(first.specs[name].nbytes for name in names) * len(parts))
+                else:
+                    found = _write_files(here, names, chunk, pool, bar, kept)
+                    if journal is not None:  # beside the next ones
+                        finishing += [pool.submit(journal.finish, *one) for one in zip(here, found, strict=True)]
+                for folder, one in zip(parts, found, strict=True):
+                    hashes[folder][file] = one
+            for done in finishing:
+                done.result()
     for folder, weights in parts.items():
         hashes[folder] |= _write_index(folder, weights, files)
     return hashes
@@ -194,12 +196,12 @@ def shards(weights: Weights, limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
-def _still_whole(paths: Sequence[Path], journal: Journal | None, pool: ThreadPoolExecutor) -> list[str]:
+def _still_whole(paths: Sequence[Path], journal: Journal | None) -> list[str]:
     """The hashes of files that were finished before and are as the journal says; none unless all are."""
     said = [] if journal is None else [journal.finished.get(journal.name(path), "") for path in paths]
-    if not all(said):
+    if not said or not all(said):
         return []
-    now = list(pool.map(lambda path: sha256(path) if path.is_file() else "", paths))
+    now = [sha256(path) if path.is_file() else "" for path in paths]
     return now if now == said else []
 
 
