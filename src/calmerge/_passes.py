@@ -127,11 +127,15 @@ def worthwhile(threads: int, entries: int, tensors: int) -> int:
 def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Threads that compute with one torch thread each: blocks are the parallelism.
 
+    The thread that opens them has one as well until they are closed. BLAS has one number for all threads, and others
+    that are opened meanwhile put back what they found: the number of this one.
+
     >>> with workers(2) as pool:
     ...     list(pool.map(abs, [-1, 2]))
     [1, 2]
     """
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     # glibc gives freed blocks back to the system, which clears them anew each time (a third of a merge's time), unless
     # they are smaller than the largest one it was ever seen to free, up to 32 MB: so it is shown one
     torch.empty(2**25 - 2**16, dtype=torch.uint8)

@@ -84,24 +84,24 @@ def write_side_by_side(
     finishing: list[Future[None]] = []
     kept: Tapes = {}
     busy = worthwhile(threads, first.numel, len(first))
-    with run.progress.track("writing", first.nbytes * len(parts), "B") as bar:
-        there = {file: _still_whole([folder / file for folder in parts], journal) for file in files}
+    with run.progress.track("writing", first.nbytes * len(parts), "B") as bar, workers(busy) as pool:
+        paths = {file: [folder / file for folder in parts] for file in files}
+        there = dict(zip(files, pool.map(lambda file: _still_whole(paths[file], journal), files), strict=True))
         if not all(there.values()):
             settle_kept(parts.values(), threads, run, journal)
-        # after `settle`, which gives BLAS its threads back when it is done: the pool's own begin with one each
-        with workers(busy) as pool:
-            for file, names in files.items():
-                here, found = {folder / file: weights for folder, weights in parts.items()}, there[file]
-                if found:
-                    bar.advance(sum(first.specs[name].nbytes for name in names) * len(parts))
-                else:
-                    found = _write_files(here, names, chunk, pool, bar, kept)
-                    if journal is not None:  # beside the next ones
-                        finishing += [pool.submit(journal.finish, *one) for one in zip(here, found, strict=True)]
-                for folder, one in zip(parts, found, strict=True):
-                    hashes[folder][file] = one
-            for done in finishing:
-                done.result()
+        for file, names in files.items():
+            found = there[file]
+            if found:
+                bar.advance(sum(first.specs[name].nbytes for name in names) * len(parts))
+            else:
+                here = dict(zip(paths[file], parts.values(), strict=True))
+                found = _write_files(here, names, chunk, pool, bar, kept)
+                if journal is not None:  # beside the next ones
+                    finishing += [pool.submit(journal.finish, *one) for one in zip(here, found, strict=True)]
+            for folder, one in zip(parts, found, strict=True):
+                hashes[folder][file] = one
+        for done in finishing:
+            done.result()
     for folder, weights in parts.items():
         hashes[folder] |= _write_index(folder, weights, files)
     return hashes
