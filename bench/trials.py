@@ -30,6 +30,7 @@ from calmerge.league import merge_pipe
 from calmerge.suites.suite import load_suite
 from calmerge.tasks.base import Examples, Outputs, Tasks
 from calmerge.tasks.mixing import Mixed
+from calmerge.tasks.parted import Chosen
 from calmerge.tasks.serving import serving
 
 PIPES: Mapping[str, Data] = {
@@ -90,7 +91,7 @@ def _run(bench: Bench, trial: Trial) -> dict[str, Any]:
     tvs = bench.tvs.only(names)
     tasks = Tasks(bench.tasks.model, {name: bench.tasks[name] for name in names}, autocast=bench.tasks.autocast)
     if trial.pool:
-        tasks = tasks.with_pools({name: First(tasks.split(name, "pool"), trial.pool) for name in names})
+        tasks = tasks.with_pools({t: first(tasks.split(t, "pool"), trial.pool) for t in names})
     if trial.bad == "half":
         tvs = weakened(tvs, bad)
     elif trial.bad == "loud":
@@ -141,17 +142,9 @@ def weakened(tvs: cm.TaskVectors, names: list[str]) -> cm.TaskVectors:
     return cm.task_vectors(StateDict({n: tvs.base.read(n) for n in tvs.specs}), experts)
 
 
-class First:
+def first(pool: Examples, n: int) -> Chosen:
     """The first n examples of a pool."""
-
-    def __init__(self, examples: Examples, n: int) -> None:
-        self._examples, self._n = examples, min(n, len(examples))
-
-    def __len__(self) -> int:
-        return self._n
-
-    def batch(self, indices: Tensor) -> tuple[Any, Tensor | None]:
-        return self._examples.batch(indices)
+    return Chosen(pool, torch.arange(min(n, len(pool))))
 
 
 class Loud:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,7 +100,7 @@ class Reader:
         way = self._way(name)
         if way in self._kept:
             tape, _ = self._kept[way]
-            return tape and tape.of(name)
+            return None if tape is None else tape.of(name)
         tape, particular = self._recorded(name)
         if way is not None and not particular:
             self._kept[way] = tape, self._nodes
@@ -136,10 +137,10 @@ class Reader:
 
         Also whether it is of this tensor alone.
         """
-        spec = self._lead.specs[name]
         from calmerge._operations import Unrecordable
         from calmerge._recorder import Recorder
 
+        spec = self._lead.specs[name]
         # with two rows no dimension of a block is mistaken for that of tasks
         count = max(2, -(-_PROBE // row_size(spec)))
         if count >= spec.shape[0]:
@@ -147,19 +148,15 @@ class Reader:
         # not its first rows: what is read elsewhere than it should be would not show there
         rows = slice((spec.shape[0] - count) // 2, (spec.shape[0] + count) // 2)
         offset = site_of(self._lead, name, rows).offset
-        recorder = Recorder(count * row_size(spec), offset)
-        memo: Memo = {}
-        try:
-            with recorder, torch.no_grad():
-                seen = [node.read(name, rows, memo) for node in self._weights]
-                tape = recorder.tape(seen, name)
-        except Unrecordable:
-            return None, recorder.particular
-        if tape is None:
-            return None, recorder.particular
-        with tape.opened() as handles:
-            played = tape.play(self._shape(name, rows), rows, offset, handles)
-        return (tape if played and all(map(_same, played, seen)) else None), recorder.particular
+        recorder, memo, tape, seen = Recorder(count * row_size(spec), offset), Memo(), None, []
+        with suppress(Unrecordable), recorder, torch.no_grad():
+            seen = [node.read(name, rows, memo) for node in self._weights]
+            tape = recorder.tape(seen, name)
+        if tape is not None:
+            with tape.opened() as handles:
+                played = tape.play(self._shape(name, rows), rows, offset, handles)
+            tape = tape if played and all(map(_same, played, seen)) else None
+        return tape, recorder.particular
 
 
 class Remade:

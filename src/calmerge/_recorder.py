@@ -143,13 +143,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept.append(number)
         self._hand(number, [Handed(node, i) for i in range(number.numel())])
 
-    def _hand(self, number: Tensor, what: Sequence["Handed"]) -> None:
+    def _hand(self, number: Tensor, what: Sequence[Handed]) -> None:
         """Note where the elements of a number lie; those that share a place could not be told apart."""
         self.particular |= not number.is_contiguous()
         for i, one in enumerate(what):
             self._handed[number.data_ptr() + i * number.itemsize] = one
 
-    def _told(self, number: Tensor) -> "list[Handed] | None":
+    def _told(self, number: Tensor) -> list[Handed] | None:
         """What was handed to computations as this tensor."""
         found = [self._handed.get(number.data_ptr() + i * number.itemsize) for i in range(number.numel())]
         return [one for one in found if one] if number.is_contiguous() and all(found) else None

@@ -30,9 +30,9 @@ class Same:
 
 
 def test_a_pool_cut_short_holds_its_first_examples() -> None:
-    assert len(trials.First(Numbers(), 3)) == 3
-    assert len(trials.First(Numbers(), 64)) == 10
-    assert trials.First(Numbers(), 3).batch(torch.tensor([2]))[0].tolist() == [2.0]
+    assert len(trials.first(Numbers(), 3)) == 3
+    assert len(trials.first(Numbers(), 64)) == 10
+    assert trials.first(Numbers(), 3).batch(torch.tensor([2]))[0].tolist() == [2.0]
 
 
 def test_only_the_named_heads_are_loud_and_features_stay() -> None:

@@ -1,6 +1,5 @@
 """mergekit's `dare_linear` and `dare_ties`: random drops made up for by the L1 norm."""
 
-from collections.abc import Sequence
 from typing import Annotated
 
 from calmerge._signature import Interval, Seed
@@ -47,7 +46,7 @@ def mergekit_dare_linear(
     """
     given = {"weight": weight, "density": density, "normalize": normalize, "rescale": rescale, "lambda_": lambda_}
     each = checked(mergekit_dare_linear, tvs, given | {"seed": seed})
-    kept = keep_at_random(tvs, each["density"], seed=seed)
+    kept = drop(tvs, [1 - d for d in each["density"]], seed=seed)
     kept = restore_l1(kept, tvs) if rescale else kept
     return fuse(kept, each["weight"], vote=False, normalize=normalize, scale=lambda_)
 
@@ -85,18 +84,6 @@ def mergekit_dare_ties(
     """
     given = {"weight": weight, "density": density, "normalize": normalize, "rescale": rescale, "lambda_": lambda_}
     each = checked(mergekit_dare_ties, tvs, given | {"seed": seed})
-    kept = keep_at_random(tvs, each["density"], seed=seed)
+    kept = drop(tvs, [1 - d for d in each["density"]], seed=seed)
     kept = restore_l1(kept, tvs) if rescale else kept
     return fuse(kept, each["weight"], vote=True, normalize=normalize, scale=lambda_)
-
-
-def keep_at_random(tvs: TaskVectors, density: Sequence[float], *, seed: int) -> TaskVectors:
-    """Task vectors of which each entry stays with the chance that its task's density gives, unscaled.
-
-    >>> from calmerge import task_vectors
-    >>> tvs = task_vectors({"w": torch.zeros(3)}, {"a": {"w": torch.ones(3)}, "b": {"w": torch.ones(3)}})
-    >>> keep_at_random(tvs, [1.0, 0.0], seed=0)["w"]
-    tensor([[1., 1., 1.],
-            [0., 0., 0.]])
-    """
-    return tvs if all(d >= 1 for d in density) else drop(tvs, [1 - d for d in density], seed=seed)

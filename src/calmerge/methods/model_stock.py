@@ -10,6 +10,7 @@ from calmerge._signature import check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Gathered, Site, Weights
 from calmerge.pieces.blend import averaged
+from calmerge.pieces.gram import products
 
 
 def model_stock(
@@ -44,10 +45,11 @@ def model_stock(
     raise_together(check(model_stock, {"per": per, "angle": angle, "clamp": clamp}))
 
     def ratio(one: TaskVectors) -> Measure:
-        return total(one, lambda tau: _gram(tau.reshape(len(tau), -1))).map(lambda gram: _ratio(gram, angle, clamp))
+        return total(one, products).map(lambda gram: _ratio(gram, angle, clamp))
 
     def by_row(tau: Tensor, site: Site) -> Tensor:
-        t = _ratio(_gram(tau.flatten(2).movedim(0, 1)), angle, clamp).to(tau)  # from [rows, N, n]
+        each = tau.flatten(2).movedim(0, 1).double()  # [rows, N, n]
+        t = _ratio(each @ each.mT, angle, clamp).to(tau)
         return averaged(tau) * t.reshape(-1, *[1] * (tau.dim() - 2))
 
     matrices = [n for n, spec in tvs.specs.items() if len(spec.shape) > 1 and per == "filter"]
@@ -55,11 +57,6 @@ def model_stock(
     whole = tvs.only_names(n for n in tvs if n not in rows)
     drawn = whole.reduce(lambda tau, t, site: averaged(tau) * t.to(tau), per_tensor(whole, ratio, factor=True))
     return Gathered({n: (rows if n in rows else drawn, n) for n in tvs})
-
-
-def _gram(rows: Tensor) -> Tensor:
-    wide = rows.double()
-    return wide @ wide.mT
 
 
 def _ratio(gram: Tensor, angle: str, clamp: bool) -> Tensor:

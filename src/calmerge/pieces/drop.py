@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from calmerge._flags import Flags
 from calmerge._random import bernoulli
 from calmerge._signature import Fraction, Seed, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._watch import Array
+from calmerge._weights import Site
 
 
 def drop_and_rescale(tvs: TaskVectors, *, rate: Fraction = 0.9, rescale: bool = True, seed: Seed = 0) -> TaskVectors:
@@ -32,8 +34,6 @@ def drop_and_rescale(tvs: TaskVectors, *, rate: Fraction = 0.9, rescale: bool = 
     licence file in the copy read).
     """
     raise_together(check(drop_and_rescale, {"rate": rate, "rescale": rescale, "seed": seed}))
-    if rate == 0:
-        return tvs
     factor = 1 / (1 - rate) if rescale and rate < 1 else 1.0
     thinned = drop(tvs, [rate] * len(tvs.tasks), seed=seed)
     return thinned if factor == 1 else thinned.transform(lambda tau, site: tau * factor)
@@ -44,7 +44,7 @@ def drop(tvs: TaskVectors, rates: Sequence[float], *, seed: int) -> TaskVectors:
 
     Args:
         tvs: task vectors.
-        rates: the share of each task, in [0, 1].
+        rates: the share of each task, in [0, 1]; 0 draws nothing.
         seed: names the draw, as for `drop_and_rescale`.
 
     >>> from calmerge import task_vectors
@@ -58,5 +58,7 @@ def drop(tvs: TaskVectors, rates: Sequence[float], *, seed: int) -> TaskVectors:
         rate = rates[task]
         into[:] = bernoulli(into.shape, rate, seed, name, tvs.tasks[task], offset=offset).numpy() if rate else False
 
-    # a product with booleans takes four times as long
-    return tvs.transform(lambda tau, gone, site: tau * (~gone).view(torch.uint8).to(tau.device), Flags(tvs, draw))
+    def kept(tau: Tensor, gone: Tensor, site: Site) -> Tensor:
+        return tau * (~gone).view(torch.uint8).to(tau.device)  # a product with booleans takes four times as long
+
+    return tvs.transform(kept, Flags(tvs, draw)) if any(rates) else tvs

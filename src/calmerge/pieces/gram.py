@@ -47,7 +47,7 @@ def spanned(tvs: TaskVectors, coefficients: Coefficients, *, of: Of = "deltas") 
     vectors = experts(tvs) if of == "weights" else tvs
 
     def found(name: str) -> Measure:
-        return total(vectors.only_names([name]), _products).map(lambda gram: coefficients(gram, name))
+        return total(vectors.only_names([name]), products).map(lambda gram: coefficients(gram, name))
 
     numbers = {name: found(name) for name in tvs.specs}
     delta = tvs.reduce(lambda tau, c, site: summed(tau * per_task(c, tau)), PerTensor(numbers, factor=True))
@@ -103,6 +103,12 @@ def _mixed_rows(rows: Tensor, coefficients: Coefficients, site: Site) -> Tensor:
     return torch.einsum("rt,trn->rn", c, rows).float()
 
 
-def _products(block: Tensor) -> Tensor:
+def products(block: Tensor) -> Tensor:
+    """Inner products of all pairs of task vectors, [T, T], float64.
+
+    >>> products(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    tensor([[5., 3.],
+            [3., 9.]], dtype=torch.float64)
+    """
     rows = block.reshape(len(block), -1).double()
     return rows @ rows.T
