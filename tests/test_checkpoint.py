@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from calmerge import CheckpointError, MissingExtra, StateDict, open_checkpoint
 from calmerge._checkpoint import Checkpoint
-from calmerge._hash import sha256
+from calmerge._hash import hash_of
 
 TENSORS = {
     "w": torch.arange(12.0).reshape(4, 3),
@@ -225,7 +225,7 @@ def test_the_fingerprint_and_the_hash_follow_the_file(tmp_path: Path) -> None:
     before = open_checkpoint(file)
     assert isinstance(before, Checkpoint)
     first = before.fingerprint
-    assert before.hashes == {"m.safetensors": sha256(file)}
+    assert before.hashes == {"m.safetensors": hash_of(file)}
     os.utime(file, ns=(0, 0))
     assert before.fingerprint != first
 

@@ -8,7 +8,7 @@ import torch
 
 import calmerge as cm
 from calmerge import CheckpointError, OutputError
-from calmerge._hash import sha256
+from calmerge._hash import hash_of
 
 
 def folder(place: Path, tensors: dict[str, torch.Tensor], **files: str) -> Path:
@@ -44,10 +44,10 @@ def test_manifest_has_recipe_versions_hashes_and_reasons(merged: Path) -> None:
     assert manifest["recipe"] == {"merge": ["average"]}
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["inputs"]["expert cars"] == {
-        "model.safetensors": sha256(merged.parent / "cars" / "model.safetensors")
+        "model.safetensors": hash_of(merged.parent / "cars" / "model.safetensors")
     }
     assert manifest["not_merged"] == {"n": "integer tensor"}
-    assert manifest["files"]["model.safetensors"] == sha256(merged / "model.safetensors")
+    assert manifest["files"]["model.safetensors"] == hash_of(merged / "model.safetensors")
 
 
 def test_export_gives_back_the_expert_s_own_names_and_configuration(merged: Path, tmp_path: Path) -> None:

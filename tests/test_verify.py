@@ -63,7 +63,7 @@ def test_one_changed_byte(name: str, merged: Path) -> None:
     content = (merged / name).read_bytes()
     (merged / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (fault,) = verify(merged)
-    assert fault.startswith(f"{name} has changed since it was written: its SHA-256 is ")
+    assert fault.startswith(f"{name} has changed since it was written: its BLAKE3 is ")
 
 
 def test_a_file_cut_short(merged: Path) -> None:
@@ -82,10 +82,10 @@ def test_weights_that_were_not_written_here(name: str, merged: Path) -> None:
 
 def resealed(folder: Path, name: str) -> None:
     """The manifest as if the changed file had been written so."""
-    from calmerge._checkpoint import sha256
+    from calmerge._hash import hash_of
 
     manifest = json.loads((folder / "calmerge.json").read_text())
-    manifest["files"][name] = sha256(folder / name)
+    manifest["files"][name] = hash_of(folder / name)
     (folder / "calmerge.json").write_text(json.dumps(manifest))
 
 

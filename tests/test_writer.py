@@ -47,10 +47,10 @@ def test_shards_hold_the_same_tensors_and_open_as_one(tmp_path: Path) -> None:
 
 
 def test_hashes_are_those_of_the_files(tmp_path: Path) -> None:
-    from calmerge._checkpoint import sha256
+    from calmerge._hash import hash_of
 
     files = write_weights(tmp_path, weights())
-    assert files == {"model.safetensors": sha256(tmp_path / "model.safetensors")}
+    assert files == {"model.safetensors": hash_of(tmp_path / "model.safetensors")}
 
 
 def test_a_size_that_is_none_is_an_error(tmp_path: Path) -> None:

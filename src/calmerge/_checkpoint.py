@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calmerge._errors import CheckpointError, MissingExtra, did_you_mean
-from calmerge._hash import sha256
+from calmerge._hash import hash_of
 from calmerge._header import Entry, read_header
 from calmerge._shards import check_index, read_index, shard_files
 from calmerge._watch import Array, Stored, leaf
@@ -143,18 +143,18 @@ class Checkpoint(Weights):
 
     @property
     def hashes(self) -> dict[str, str]:
-        """SHA-256 by file name."""
+        """BLAKE3 by file name."""
         return {file.name: self.hash(file) for file in self.files}
 
     def hash(self, file: Path) -> str:
-        """SHA-256 of one of its files, found once.
+        """BLAKE3 of one of its files, found once.
 
         Raises:
             CheckpointError: the file was taken away.
         """
         if file not in self._hashes:
             try:
-                self._hashes[file] = sha256(file)
+                self._hashes[file] = hash_of(file)
             except OSError as e:
                 raise CheckpointError(f"{file}: cannot be read any more ({e.strerror}). {_AGAIN}") from None
         return self._hashes[file]

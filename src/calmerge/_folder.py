@@ -118,7 +118,7 @@ class Journal:
         folder: in which the run writes.
 
     Attributes:
-        finished: SHA-256 by name, of the files that are whole.
+        finished: BLAKE3 by name, of the files that are whole.
         measured: numbers over the model that were found, in the order of their graph; None if they were not kept.
     """
 
@@ -160,17 +160,17 @@ class Journal:
             )
         for line in lines[1:]:
             if "file" in line:
-                self.finished[line["file"]] = line["sha256"]
+                self.finished[line["file"]] = line["blake3"]
             else:
                 self.measured = [_tensor(**one) for one in line["measured"]]
         _log.info("going on from %d finished files that a stopped run left", len(self.finished))
         return True
 
-    def finish(self, file: Path, sha256: str) -> None:
+    def finish(self, file: Path, digest: str) -> None:
         """Note that a file is whole, once it is safe on disk."""
         sync(file)
-        self.finished[self.name(file)] = sha256
-        self._write({"file": self.name(file), "sha256": sha256})
+        self.finished[self.name(file)] = digest
+        self._write({"file": self.name(file), "blake3": digest})
 
     def name(self, file: Path) -> str:
         """What a file is called here: its place in the folder."""

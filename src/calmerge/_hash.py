@@ -1,21 +1,23 @@
-"""SHA-256 of files, also of one that is still being written."""
+"""BLAKE3 of files, also of one that is still being written; SHA-256 takes a processor three to four times as long."""
 
-import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+from blake3 import blake3
 
 _PIECE = 1 << 20  # bytes that are hashed at a time, while other threads run
 
 
 class Growing:
-    """The SHA-256 of a file whose beginning is there already.
+    """The BLAKE3 of a file whose beginning is there already.
 
     Args:
         handle: the file, open for reading.
     """
 
     def __init__(self, handle: int) -> None:
-        self._handle, self._digest, self._at = handle, hashlib.sha256(), 0
+        self._handle, self._digest, self._at = handle, blake3(), 0
         self._buffer = memoryview(bytearray(_PIECE))
 
     def upto(self, end: int | None) -> None:
@@ -33,9 +35,20 @@ class Growing:
         return self._digest.hexdigest()
 
 
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+def hash_of(file: Path) -> str:
+    """The BLAKE3 of a file, in hexadecimal."""
     with file.open("rb", buffering=0) as f:
         whole = Growing(f.fileno())
         whole.upto(None)
     return whole.found()
+
+
+def joined(digests: Mapping[str, str]) -> str:
+    """One hash for the files of a checkpoint: the only one, or a hash of all with their names.
+
+    >>> joined({"model.safetensors": "5f"})
+    '5f'
+    """
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return blake3("".join(f"{k}{v}" for k, v in sorted(digests.items())).encode()).hexdigest()

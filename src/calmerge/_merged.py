@@ -179,7 +179,7 @@ def write_merged(
     folder: Path, merged: Merged, *, shard: str | int = "5GB", chunk: int = 2**18,
     threads: int | None = None, run: Run | None = None, journal: Journal | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    """The SHA-256 of the files written: `shared/` with the shared vector in float32, `patches/<task>/`, `router/`."""
+    """The BLAKE3 of the files written: `shared/` with the shared vector in float32, `patches/<task>/`, `router/`."""
     hashes: dict[str, str] = {}
     groups = written_together(merged)
     every = [weights for group in groups for weights in group.values()]

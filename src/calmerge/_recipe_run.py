@@ -1,6 +1,5 @@
 """Carrying a recipe out: from its file names to a merged folder."""
 
-import hashlib
 import logging
 import platform
 import shutil
@@ -18,6 +17,7 @@ import torch
 from calmerge._errors import OutputError, UsageError
 from calmerge._explain import held_in_memory
 from calmerge._folder import forget
+from calmerge._hash import joined
 from calmerge._inputs import key_of
 from calmerge._memory import private_memory
 from calmerge._merged import Merged
@@ -297,7 +297,7 @@ def _with_inputs(report: "Report", recipe: Recipe, tvs: TaskVectors) -> "Report"
     places = {"base": (key_of(recipe.base) if recipe.base else "none", tvs.base)}
     places |= {task: (key_of(recipe.experts[task]), weights) for task, weights in tvs.experts.items()}
     inputs = {
-        name: results.Input(label=str(label), sha256=_joined(hashes(weights)))
+        name: results.Input(label=str(label), blake3=joined(hashes(weights)))
         for name, (label, weights) in places.items()
     }
     return report.model_copy(update={"inputs": inputs})
@@ -313,13 +313,6 @@ def _write_report(report: "Report", folder: Path, *, card: str | None = None) ->
         (folder / "README.md").write_text(model_card(report, folder=card))
     results.dump(report, folder / "report.json")
     write_html(report, folder / "report.html")
-
-
-def _joined(digests: Mapping[str, str]) -> str:
-    """One hash for the files of a checkpoint: the only one, or a hash of all."""
-    if len(digests) == 1:
-        return next(iter(digests.values()))
-    return hashlib.sha256("".join(f"{k}{v}" for k, v in sorted(digests.items())).encode()).hexdigest()
 
 
 def _environment() -> dict[str, str]:

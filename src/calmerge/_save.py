@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from safetensors.torch import save_file
 
 from calmerge._checkpoint import Checkpoint, open_checkpoint
 from calmerge._errors import CheckpointError, OutputError, UsageError, did_you_mean
 from calmerge._folder import new_folder, resumable_folder
-from calmerge._hash import sha256
+from calmerge._hash import hash_of
 from calmerge._lora import Adapted
 from calmerge._merged import Merged, is_patched, open_merged, storage, write_merged, written_together
 from calmerge._plan import plan
@@ -190,7 +191,7 @@ def export(folder: str | Path, task: str, out: str | Path, *, run: Run | None = 
         )
         for file in own:
             (partial / file.name).write_bytes(file.read_bytes())
-            files[file.name] = sha256(file)
+            files[file.name] = hash_of(file)
         files = write_weights(partial, weights, run=run) | files
         merge = {key: manifest.get(key) for key in ("recipe", "inputs")}
         write_json(
@@ -211,7 +212,7 @@ def finished_before(path: Path, tvs: TaskVectors, recipe: Mapping[str, Any]) -> 
 
 
 def input_hashes(tvs: TaskVectors) -> dict[str, dict[str, str]]:
-    """SHA-256 of the files of base and experts, found side by side."""
+    """BLAKE3 of the files of base and experts, found side by side."""
     inputs = {"base": tvs.base} | {f"expert {t}": w for t, w in tvs.experts.items()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(inputs, pool.map(hashes, inputs.values()), strict=True))
@@ -247,19 +248,17 @@ def versions() -> dict[str, str]:
 
 
 def hashes(weights: Weights) -> dict[str, str]:
-    """SHA-256 of each file behind `weights`, or of the tensors themselves where there is no file."""
-    import hashlib
-
+    """BLAKE3 of each file behind `weights`, or of the tensors themselves where there is no file."""
     source = getattr(weights, "source", weights)
     if isinstance(weights, Adapted):  # the same factors with another scale are another expert
         said = json.dumps(weights.adapter.config.data, sort_keys=True, default=str)
-        return hashes(source) | {"adapter_config.json as read": hashlib.sha256(said.encode()).hexdigest()}
+        return hashes(source) | {"adapter_config.json as read": blake3(said.encode()).hexdigest()}
     if isinstance(source, Checkpoint):
         return source.hashes
     behind = checkpoints_behind(source)
     if behind:
         return {f"{one.label}: {file}": found for one in behind for file, found in one.hashes.items()}
-    digest = hashlib.sha256()
+    digest = blake3()
     for name in sorted(source):
         digest.update(name.encode())
         digest.update(source.read(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -324,7 +323,7 @@ def _write_head(folder: Path, tvs: TaskVectors, task: str, head: Weights) -> dic
     if len(head):
         tensors = {name: w.contiguous() for name, w in head.items()}
         save_file(tensors, place / "head.safetensors", metadata={"format": "pt"})
-    return {str(f.relative_to(folder)): sha256(f) for f in sorted(place.iterdir())}
+    return {str(f.relative_to(folder)): hash_of(f) for f in sorted(place.iterdir())}
 
 
 def check_apart(path: Path, tvs: TaskVectors) -> None:

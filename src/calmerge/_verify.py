@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 
 from calmerge._errors import CheckpointError
-from calmerge._hash import sha256
+from calmerge._hash import hash_of
 from calmerge._header import read_header
 from calmerge._measure import workers
 from calmerge._run import Run
@@ -67,11 +67,11 @@ def _faults_of_files(folder: Path, files: Mapping[str, str], run: Run) -> Iterat
     sizes = {name: (folder / name).stat().st_size for name in there}
     yield from (f"{name} is missing." for name in files if name not in sizes)
     with run.progress.track("verifying", sum(sizes.values()), "B") as bar, workers(os.cpu_count() or 1) as pool:
-        for name, found in zip(there, pool.map(lambda name: sha256(folder / name), there), strict=True):
+        for name, found in zip(there, pool.map(lambda name: hash_of(folder / name), there), strict=True):
             bar.advance(sizes[name])
             if found != files[name]:
                 yield _header_fault(folder / name) or (
-                    f"{name} has changed since it was written: its SHA-256 is {found[:12]}..., the manifest's "
+                    f"{name} has changed since it was written: its BLAKE3 is {found[:12]}..., the manifest's "
                     f"{files[name][:12]}..."
                 )
 

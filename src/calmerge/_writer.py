@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calmerge._compiled import usable
 from calmerge._folder import Journal
-from calmerge._hash import Growing, sha256
+from calmerge._hash import Growing, hash_of
 from calmerge._measure import ahead, pending, settle, workers, worthwhile
 from calmerge._reader import Reader, Tapes
 from calmerge._run import Run
@@ -44,7 +44,7 @@ def write_weights(
     run: Run | None = None,
     journal: Journal | None = None,
 ) -> dict[str, str]:
-    """The SHA-256 of the files written: `model.safetensors`, or shards and `model.safetensors.index.json`.
+    """The BLAKE3 of the files written: `model.safetensors`, or shards and `model.safetensors.index.json`.
 
     The bytes depend on the weights and on `shard` alone, not on `chunk` or `threads`. Held in memory: one chunk for
     each thread, and whatever computing one needs.
@@ -113,7 +113,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def copy_side_files(source: Weights, folder: Path, *, dtype: torch.dtype | None = None) -> dict[str, str]:
-    """The SHA-256 by name of what lies around the weights of `source` and was copied, if it is a folder.
+    """The BLAKE3 by name of what lies around the weights of `source` and was copied, if it is a folder.
 
     That is configurations, tokenizer, chat templates, code, the licence, and the folders which `modules.json` names
     (pooling of a sentence encoder).
@@ -140,7 +140,7 @@ def copy_side_files(source: Weights, folder: Path, *, dtype: torch.dtype | None 
     if dtype is not None and (folder / "config.json").is_file():
         _say_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
     written = dict.fromkeys([*copied, *source.edits])
-    return {name: sha256(folder / name) for name in written if (folder / name).is_file()}
+    return {name: hash_of(folder / name) for name in written if (folder / name).is_file()}
 
 
 def _beside_weights(file: Path) -> bool:
@@ -168,12 +168,12 @@ def _say_dtype(config: Path, dtype: str) -> None:
 
 
 def _write_index(folder: Path, weights: Weights, files: Mapping[str, list[str]]) -> dict[str, str]:
-    """The index, where there are several files, and its SHA-256."""
+    """The index, where there are several files, and its BLAKE3."""
     if len(files) == 1:
         return {}
     weight_map = {name: file for file, names in files.items() for name in names}
     write_json(folder / INDEX, {"metadata": {"total_size": weights.nbytes}, "weight_map": weight_map})
-    return {INDEX: sha256(folder / INDEX)}
+    return {INDEX: hash_of(folder / INDEX)}
 
 
 def shards(weights: Weights, limit: int) -> dict[str, list[str]]:
@@ -201,7 +201,7 @@ def _still_whole(paths: Sequence[Path], journal: Journal | None) -> list[str]:
     said = [] if journal is None else [journal.finished.get(journal.name(path), "") for path in paths]
     if not said or not all(said):
         return []
-    now = [sha256(path) if path.is_file() else "" for path in paths]
+    now = [hash_of(path) if path.is_file() else "" for path in paths]
     return now if now == said else []
 
 
@@ -220,7 +220,7 @@ def settle_kept(weights: Iterable[Weights], threads: int, run: Run, journal: Jou
 def _write_files(
     parts: Mapping[Path, Weights], names: list[str], chunk: int, pool: ThreadPoolExecutor, bar: Any, kept: Tapes
 ) -> list[str]:
-    """Write files of one layout, block by block; a block of all of them is computed together. The SHA-256 of each."""
+    """Write files of one layout, block by block; a block of all of them is computed together. The BLAKE3 of each."""
     weights = next(iter(parts.values()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0

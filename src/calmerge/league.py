@@ -18,7 +18,7 @@ import torch
 
 from calmerge._entries import Entry, entries_of, filled
 from calmerge._errors import CalmergeError
-from calmerge._hash import sha256
+from calmerge._hash import hash_of, joined
 from calmerge._memory import peak_memory
 from calmerge._merged import Merged, storage
 from calmerge._pipe import Surroundings, build_pipe, read_pipe, walk
@@ -301,7 +301,11 @@ def _report(
         versions=Versions(**_versions()),
         recipe=dict(suite.data),
         suite=results.Suite(
-            name=suite.name, version=suite.version, sha256=sha256(suite.file), title=suite.title, model=suite.model.kind
+            name=suite.name,
+            version=suite.version,
+            blake3=hash_of(suite.file),
+            title=suite.title,
+            model=suite.model.kind,
         ),
         inputs=_inputs(suite, tvs),
         seeds=list(seeds),
@@ -335,11 +339,9 @@ def _inputs(suite: Suite, tvs: TaskVectors) -> dict[str, results.Input]:
     sources = {"base": (suite.base, tvs.base)} | {t: (suite.tasks[t].expert, w) for t, w in tvs.experts.items()}
     found = {}
     for name, (label, weights) in sources.items():
-        digests = hashes(weights)
-        joined = hashlib.sha256("".join(f"{k}{v}" for k, v in sorted(digests.items())).encode()).hexdigest()
         found[name] = results.Input(
             label=str(label),
-            sha256=next(iter(digests.values())) if len(digests) == 1 else joined,
+            blake3=joined(hashes(weights)),
             licence=suite.tasks[name].licence if name in suite.tasks else None,
         )
     return found

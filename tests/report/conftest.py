@@ -141,9 +141,9 @@ def make_report() -> Report:
             calmerge="0.1.0", torch="2.13.0", python="3.11.2", platform="Linux x86_64", transformers="5.23.0"
         ),
         recipe={"suite": "text", "methods": {"calm": {"sequential": 2, "lr": "auto"}, "ties": {"keep": 0.2}}},
-        suite=Suite(name="text", version=1, sha256="5f" * 32, title="Eight text tasks", model="sequence-classifier"),
-        inputs={"base": Input(label="base", sha256="ab" * 32, licence="Apache-2.0")}
-        | {task: Input(label=f"experts/{task}", sha256="cd" * 32) for task in TASKS},
+        suite=Suite(name="text", version=1, blake3="5f" * 32, title="Eight text tasks", model="sequence-classifier"),
+        inputs={"base": Input(label="base", blake3="ab" * 32, licence="Apache-2.0")}
+        | {task: Input(label=f"experts/{task}", blake3="cd" * 32) for task in TASKS},
         seeds=[0, 1, 2],
         protocol=Protocol(
             split="inductive",

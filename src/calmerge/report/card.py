@@ -115,7 +115,7 @@ def _recipe(report: Report) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in report.versions.model_dump(exclude_none=True).items())
     text += f"\n\nVersions: {versions}."
     hashes = [
-        f"- {name}: `{found.label}`, sha256 `{found.sha256}`" for name, found in report.inputs.items() if found.sha256
+        f"- {name}: `{found.label}`, blake3 `{found.blake3}`" for name, found in report.inputs.items() if found.blake3
     ]
     return text + ("\n\nInputs:\n\n" + "\n".join(hashes) if hashes else "")
 

@@ -54,7 +54,7 @@ class Input(Record):
     """
 
     label: Annotated[str, BeforeValidator(lambda v: path_free(v) if isinstance(v, str) else v)]
-    sha256: str | None = None
+    blake3: str | None = None
     revision: str | None = None
     licence: str | None = None
 
@@ -64,7 +64,7 @@ class Suite(Record):
 
     name: str
     version: int | str
-    sha256: str | None = None
+    blake3: str | None = None
     title: str | None = None
     model: str | None = None
 

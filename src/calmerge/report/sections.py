@@ -400,7 +400,7 @@ def provenance(report: Report) -> Html:
     if report.suite:
         suite = report.suite
         facts.append(
-            ("Suite", f"{suite.name}, version {suite.version}" + (f", sha256 {suite.sha256}" if suite.sha256 else ""))
+            ("Suite", f"{suite.name}, version {suite.version}" + (f", blake3 {suite.blake3}" if suite.blake3 else ""))
         )
     facts.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     facts.append(("Seeds", ", ".join(map(str, report.seeds)) or "none"))
@@ -418,8 +418,8 @@ def provenance(report: Report) -> Html:
         head = ["task", "title", "classes", "pool", "validation", "test"]
         parts.append(el("details", el("summary", "Tasks and their splits"), plain_table(head, rows)))
     if report.inputs:
-        rows = [[n, i.label, i.revision or "", i.licence or "", i.sha256 or ""] for n, i in report.inputs.items()]
-        head = ["input", "label", "revision", "licence", "sha256"]
+        rows = [[n, i.label, i.revision or "", i.licence or "", i.blake3 or ""] for n, i in report.inputs.items()]
+        head = ["input", "label", "revision", "licence", "blake3"]
         parts.append(el("details", el("summary", "Inputs and their hashes"), plain_table(head, rows)))
     if report.recipe:
         text = yaml.safe_dump(report.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True)
