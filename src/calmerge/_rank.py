@@ -9,7 +9,7 @@ many passes there are.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import accumulate
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _GATHERED = 1 << 22  # magnitudes taken along at most, over all tasks: 16 MB
 _COUNTERS = 1 << 18  # bins at most, over all tasks
 _INFINITY = 0x7F800000  # its bits; those of NaN are above
-_PROBE = 1 << 12  # entries of one block of the sample
+_PROBE = 1 << 12  # entries of a block of the sample, in the mean
 _MARGIN = 4.0  # standard errors
 
 
@@ -167,34 +167,47 @@ def _bracketed(loops: ModuleType, bits: Array, bracket: Bracket) -> tuple[int, i
 
 
 def _sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> list[Bracket]:
-    """Where the ranks lie, by a sample of blocks that is spread over the tensors by their size."""
-    numel = weights.numel
-    names = list(weights.specs)
-    ends = list(accumulate(weights.specs[name].numel for name in names))
-    count = min(max(numel >> 17, 16), 256)
-    probe = max(_PROBE // max(1, tasks // 4), 1 << 9)  # many tasks' blocks are large in sum
-    places = (torch.arange(count) + uniform((count,), "sample of magnitudes").double()) * (numel / count)
+    """Where the ranks lie, by a sample of blocks."""
     blocks = []
-    for place in places.tolist():
-        at = bisect_right(ends, int(place))
-        spec = weights.specs[names[at]]
-        rows = ALL
+    for name, first, n in _places(weights, max(_PROBE // max(1, tasks // 4), 1 << 9)):  # many tasks' blocks are large
+        spec, rows = weights.specs[name], ALL
         if spec.shape:
-            most = min(spec.shape[0], max(1, probe // row_size(spec)))
-            first = (int(place) - ends[at] + spec.numel) // row_size(spec)
-            rows = slice(min(first, spec.shape[0] - most), min(first, spec.shape[0] - most) + most)
-        blocks.append(magnitudes(weights.read(names[at], rows), tasks)[:, :probe].copy())
-    return [_bracket([block[t] for block in blocks], ranks[t], numel) for t in range(tasks)]
+            most = min(spec.shape[0], -(-n // row_size(spec)))
+            start = min(first // row_size(spec), spec.shape[0] - most)
+            rows = slice(start, start + most)
+        blocks.append(magnitudes(weights.read(name, rows), tasks)[:, :n].copy())
+    return [_bracket([block[t] for block in blocks], ranks[t], weights.numel) for t in range(tasks)]
+
+
+def _places(weights: Weights, probe: int) -> Iterator[tuple[str, int, int]]:
+    """The tensor, the first entry and the length of each block of a sample.
+
+    Tensors differ from each other more than parts of one do. So each that is no small part of the weights has blocks in
+    proportion to its entries, an even number, and the small ones have theirs as if they were one tensor.
+    """
+    each = weights.numel / min(max(weights.numel >> 17, 16), 256)  # entries that a block stands for
+    large = [name for name, spec in weights.specs.items() if spec.numel >= each / 4]
+    small = [name for name, spec in weights.specs.items() if 0 < spec.numel < each / 4]
+    for names in [*([name] for name in large), small]:
+        ends = list(accumulate(weights.specs[name].numel for name in names))
+        if not ends:
+            continue
+        parts = 2 * max(1, round(ends[-1] / each / 2))
+        places = (torch.arange(parts) + uniform((parts,), "sample of magnitudes", names[0]).double()) / parts
+        for place in (places * ends[-1]).long().tolist():
+            at = bisect_right(ends, place)
+            first = place - (ends[at] - weights.specs[names[at]].numel)
+            yield names[at], first, max(1, round(probe * ends[-1] / parts / each))
 
 
 def _bracket(sample: list[Array], rank: int, numel: int) -> Bracket:
-    """Two magnitudes of the sample between which the rank lies, as far as its blocks differ from each other."""
+    """Two magnitudes of the sample between which the rank lies, as far as neighbouring blocks differ."""
     pooled = np.sort(np.concatenate(sample))
     middle = (rank - 0.5) / numel
     guess = pooled[int(middle * len(pooled))]
-    # blocks are spread evenly, so that only neighbours tell how far the next ones would differ
-    steps = np.diff([np.mean(block <= guess) for block in sample])
-    spread = np.sqrt(np.mean(steps**2) / 2 / len(sample))
+    sizes = np.array([len(block) for block in sample]) / len(pooled)
+    below = np.array([np.mean(block <= guess) for block in sample])
+    spread = np.linalg.norm((sizes[::2] + sizes[1::2]) * (below[::2] - below[1::2])) / 2
     margin = _MARGIN * spread + 4 / len(pooled)
     first, last = int((middle - margin) * len(pooled)), int((middle + margin) * len(pooled)) + 1
     low = pooled[first] if first > 0 else np.float32(0)
