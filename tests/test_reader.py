@@ -10,9 +10,11 @@ from torch import Tensor
 import calmerge
 from calmerge import StateDict, _compiled, add, task_vectors
 from calmerge._measure import per_tensor, settle, total
+from calmerge._random import uniform
 from calmerge._reader import Reader
 from calmerge._weights import ALL, Gathered, Site, Weights
 from calmerge.pieces.drop import drop
+from calmerge.pieces.largest import largest
 
 ALIKE = {name: torch.full((400, 128), float(i)) for i, name in enumerate("abc", 1)}
 LOOKS: dict[str, Callable[[Site], bool]] = {
@@ -55,6 +57,16 @@ def test_tensors_of_another_shape_or_type_have_their_own(taken: list[str]) -> No
     found = read(StateDict(ALIKE | other).map(lambda w, site: w.float() * 2))
     assert taken == ["a", "wide", "half"]
     assert found["wide"].shape == (400, 256)
+
+
+def test_the_largest_entries_of_tensors_are_chosen_by_one_tape_with_the_cuts_of_each(taken: list[str]) -> None:
+    weights = StateDict({name: uniform((400, 128), name) * k for k, name in enumerate("abc", 1)})
+    kept = weights.map(lambda w, among, site: w * among, largest(weights, lambda name, n: [1000]))
+    settle([kept])
+    taken.clear()
+    found = read(kept)
+    assert taken == ["a"]
+    assert {name: int(torch.count_nonzero(w)) for name, w in found.items()} == {"a": 1000, "b": 1000, "c": 1000}
 
 
 @pytest.mark.parametrize("look", LOOKS)

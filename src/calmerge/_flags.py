@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmerge._watch import Array, leaf
+from calmerge._watch import Array, leaf, unwatched
 from calmerge._weights import ALL, Memo, Node, Spec, Weights, site_of
 
 Writer = Callable[[str, int, int, Array], None]
@@ -47,7 +47,8 @@ class Flags(Weights):
         if self.row_dim:
             shape = (self._tasks, *shape)
         flags = np.empty(torch.Size(shape).numel(), np.uint8)
-        self.fill(name, offset, flags)
+        with unwatched():
+            self.fill(name, offset, flags)
         return leaf(torch.from_numpy(flags).view(torch.bool).view(shape), offset, _Filled(self, name))
 
     def fill(self, name: str, offset: int, into: Array) -> None:

@@ -81,13 +81,12 @@ class Player:
         self, loads: Sequence[Load], constants: int, steps: Sequence[Step], stores: Sequence[tuple[int, int]]
     ) -> None:
         text = _program(loads, constants, steps, stores)
-        with _COMPILING:
-            builder = _passes()
-            module = llvm.parse_assembly(text)
-            module.verify()
-            builder.getModulePassManager().run(module, builder)
-            self._engine = llvm.create_mcjit_compiler(module, _target())  # owns the code, and what it is handed
-            address = self._engine.get_function_address("play")
+        builder = _passes()
+        module = llvm.parse_assembly(text)
+        module.verify()
+        builder.getModulePassManager().run(module, builder)
+        self._engine = llvm.create_mcjit_compiler(module, _target())  # owns the code, and what it is handed
+        address = self._engine.get_function_address("play")
         kind = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 3, ctypes.c_int64, *[ctypes.c_void_p] * 2)
         self._play = kind(address)
 
@@ -95,12 +94,15 @@ class Player:
         return int(self._play(*arguments))
 
 
-@lru_cache(maxsize=256)
 def player(
     loads: tuple[Load, ...], constants: int, steps: tuple[Step, ...], stores: tuple[tuple[int, int], ...]
 ) -> Player:
     """The player of a tape; one for all tensors whose tapes differ in their constants alone."""
-    return Player(loads, constants, steps, stores)
+    with _COMPILING:  # who comes second finds it
+        return _player(loads, constants, steps, stores)
+
+
+_player = lru_cache(maxsize=256)(Player)
 
 
 def _target() -> Any:

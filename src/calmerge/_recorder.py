@@ -115,7 +115,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return made
         except Unrecordable:  # what was taken down is left out where nobody asks for it, but for this
             self._steps[before:] = [step for step in self._steps[before:] if step.op != machine.FINITE]
-        with self._looking_away():
+        with self.looking_away():
             made = fn(site).contiguous()
         if not self._load(made, site.offset, again(), made=True):
             raise Unrecordable("a computation that does not give planes")
@@ -155,7 +155,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return [one for one in found if one] if number.is_contiguous() and all(found) else None
 
     @contextmanager
-    def _looking_away(self) -> Iterator[None]:
+    def looking_away(self) -> Iterator[None]:
+        """Take nothing down."""
         self._paused, watching.recorder = True, None
         try:
             yield
@@ -170,7 +171,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Have it checked that all entries are finite; whether those at hand are."""
         for value in self.planes(tensor, self.suffix(tensor)).flat:
             self._steps.append(Step(machine.FINITE, _UNSET, int(value)))
-        with self._looking_away():
+        with self.looking_away():
             return bool(np.isfinite(tensor.numpy().sum()))
 
     def tape(self, results: Sequence[Tensor], name: str) -> Tape | None:
@@ -185,7 +186,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not result.is_floating_point():
                 raise Unrecordable(str(result.dtype))
             outputs.append(Output(tuple(planes.flat), planes.shape, result.dtype))
-        with self._looking_away():
+        with self.looking_away():
             return assembled(self._steps, self._constants, self._inputs, outputs, name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

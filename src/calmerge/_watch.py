@@ -4,6 +4,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -50,6 +51,12 @@ class Stored(ABC):
 def recording() -> bool:
     """Whether a recorder is watching, so that a chain of single steps is better than one quick call."""
     return getattr(watching, "recorder", None) is not None
+
+
+def unwatched() -> AbstractContextManager[None]:
+    """In it a recorder takes nothing down: for what makes an input."""
+    recorder = getattr(watching, "recorder", None)
+    return recorder.looking_away() if recorder is not None else nullcontext()
 
 
 def leaf(tensor: Tensor, offset: int, fill: Fill) -> Tensor:
