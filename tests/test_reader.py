@@ -13,6 +13,7 @@ from calmerge._measure import per_tensor, settle, total
 from calmerge._random import uniform
 from calmerge._reader import Reader
 from calmerge._weights import ALL, Gathered, Site, Weights
+from calmerge.methods import METHODS
 from calmerge.pieces.drop import drop
 from calmerge.pieces.largest import largest
 
@@ -67,6 +68,18 @@ def test_the_largest_entries_of_tensors_are_chosen_by_one_tape_with_the_cuts_of_
     found = read(kept)
     assert taken == ["a"]
     assert {name: int(torch.count_nonzero(w)) for name, w in found.items()} == {"a": 1000, "b": 1000, "c": 1000}
+
+
+@pytest.mark.parametrize("method", ["slerp", "karcher", "ram_plus", "model_stock", "sce"])
+def test_numbers_of_each_tensor_do_not_keep_tensors_from_one_tape(method: str, taken: list[str]) -> None:
+    base = {name: uniform((400, 128), name) for name in "abc"}
+    experts = {t: {name: w + uniform(w.shape, t, name) / 10 for name, w in base.items()} for t in ("x", "y")}
+    tvs = task_vectors(base, experts)
+    made = METHODS[method](tvs, **({"t": 0.3} if method == "slerp" else {}))
+    settle([made])
+    taken.clear()
+    read(add(tvs.base, made))
+    assert taken == ["a"]
 
 
 @pytest.mark.parametrize("look", LOOKS)

@@ -5,7 +5,7 @@ import torch
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge.methods.nearswap import one_expert
-from calmerge.pieces.gram import beyond
+from calmerge.pieces.gram import beyond, excess
 from calmerge.pieces.per_model import PerModel, checked
 
 
@@ -30,4 +30,5 @@ def passthrough(tvs: TaskVectors, *, scale: PerModel = (1.0,)) -> Weights:
     one_expert("passthrough", tvs)
     c = torch.tensor(checked(passthrough, tvs, {"scale": scale})["scale"], dtype=torch.float64)
     delta = tvs.reduce(lambda tau, site: tau[0] * float(c))
-    return delta.map(lambda tau, base, site: beyond(tau, base, c, site), tvs.base)
+    over = excess(c)
+    return delta.map(lambda tau, base, site: beyond(tau, base, over, site), tvs.base) if over else delta

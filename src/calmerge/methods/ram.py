@@ -58,12 +58,14 @@ def ram_plus(
         alone = changed.sum(0) == 1
         return torch.stack([(changed & ~alone).sum(1), (changed & alone).sum(1)])
 
-    def boosted(tau: Tensor, counts: Tensor, site: Site) -> Tensor:
+    def factors(counts: Tensor) -> Tensor:
+        return 1 + rate * (counts[0] / counts[1].clamp(min=1)).clamp(max=most)
+
+    def boosted(tau: Tensor, factor: Tensor, site: Site) -> Tensor:
         changed = tau.abs() > threshold
-        factor = 1 + rate * (counts[0] / counts[1].clamp(min=1)).clamp(max=most)
         return _mean_of(tau.where(changed.sum(0) > 1, tau * per_task(factor, tau)), changed)
 
-    return tvs.reduce(boosted, per_tensor(tvs, lambda one: count(one, counted)))
+    return tvs.reduce(boosted, per_tensor(tvs, lambda one: count(one, counted).map(factors), factor=True))
 
 
 def _mean_of(tau: Tensor, changed: Tensor) -> Tensor:

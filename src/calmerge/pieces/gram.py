@@ -51,7 +51,9 @@ def spanned(tvs: TaskVectors, coefficients: Coefficients, *, of: Of = "deltas") 
 
     numbers = {name: found(name) for name in tvs.specs}
     delta = tvs.reduce(lambda tau, c, site: summed(tau * per_task(c, tau)), PerTensor(numbers, factor=True))
-    return delta.map(beyond, tvs.base, PerTensor(numbers)) if of == "weights" else delta
+    if of == "deltas":
+        return delta
+    return delta.map(beyond, tvs.base, PerTensor({n: c.map(excess) for n, c in numbers.items()}, factor=True))
 
 
 def along(tvs: TaskVectors, coefficients: Coefficients, *, dim: int, of: Of = "deltas") -> Weights:
@@ -87,14 +89,23 @@ def lengths(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).sqrt()
 
 
-def beyond(delta: Tensor, base: Tensor, c: Tensor, site: Site) -> Tensor:
-    """sum_t c_t theta_t - theta_0, where `delta` is sum_t c_t tau_t: what is over where the c do not sum to 1.
+def excess(c: Tensor) -> Tensor:
+    """By how much coefficients sum to more than 1; 0 where only rounding says so.
 
-    >>> beyond(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([0.5]), Site("w", 0))
+    >>> excess(torch.tensor([0.5, 0.75]))
+    tensor(0.2500)
+    """
+    over = c.sum() - 1
+    return torch.where(over.abs() < 1e-12, 0.0, over)
+
+
+def beyond(delta: Tensor, base: Tensor, over: Tensor, site: Site) -> Tensor:
+    """sum_t c_t theta_t - theta_0, where `delta` is sum_t c_t tau_t and the c sum to 1 + `over`.
+
+    >>> beyond(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor(-0.5), Site("w", 0))
     tensor([0.])
     """
-    excess = float(c.sum()) - 1
-    return delta if abs(excess) < 1e-12 else delta + base.to(delta) * excess
+    return delta + base.to(delta) * over.to(delta)
 
 
 def _mixed_rows(rows: Tensor, coefficients: Coefficients, site: Site) -> Tensor:
