@@ -79,7 +79,7 @@ def test_numbers_of_each_tensor_do_not_keep_tensors_from_one_tape(method: str, t
     settle([made])
     taken.clear()
     read(add(tvs.base, made))
-    assert taken == ["a"]
+    assert set(taken) == {"a"}
 
 
 @pytest.mark.parametrize("look", LOOKS)

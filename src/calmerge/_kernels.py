@@ -1,7 +1,8 @@
 """Compiled loops for what goes by rank or at random, where NumPy takes several steps; the bits that come out are its.
 
 They let other threads run. Each stands beside the NumPy lines that it takes the place of: `bracketed` and `nth` in
-`_rank`, `drawn` in `_random`, `between` in `pieces/middle`, `ordered` in `pieces/magprune`.
+`_rank`, `drawn` in `_random`, `row_lanes` and `pair_lanes` in `_dot`, `between` in `pieces/middle`, `ordered` in
+`pieces/magprune`.
 """
 
 from typing import Any
@@ -15,6 +16,8 @@ from calmerge._watch import Array
 _FEW = 1024  # entries that are looked at twice
 _MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float but its sign
 _LARGEST = 0x7FFFFFFE  # but for the one that stands for none
+SUM_LANES = 64
+_STRIP = 32 * SUM_LANES
 _NEAR = 1 << 20  # a magnitude's eighth, in its bits
 
 
@@ -293,3 +296,47 @@ def pruned(
                         met[count, 0], met[count, 1] = r * n + i, rank
                     count += 1
     return count
+
+
+@compiled()
+def row_lanes(rows: Array, lanes: Array) -> None:
+    """Add every entry of each row to the lane of its place.
+
+    Args:
+        rows: float32 [T, n].
+        lanes: float64 [T, 64].
+    """
+    n = rows.shape[1]
+    whole = n - n % SUM_LANES
+    for t in range(rows.shape[0]):
+        row, into = rows[t], lanes[t]
+        for first in range(0, whole, SUM_LANES):
+            for lane in range(SUM_LANES):
+                into[lane] += np.float64(row[first + lane])
+        for lane in range(n - whole):
+            into[lane] += np.float64(row[whole + lane])
+
+
+@compiled()
+def pair_lanes(rows: Array, lanes: Array) -> None:
+    """Add the products of every two rows, the second not behind the first, to the lanes of their places.
+
+    Args:
+        rows: float32 [T, n].
+        lanes: float64 [T, T, 64].
+    """
+    n = rows.shape[1]
+    for start in range(0, n, _STRIP):  # of which all rows stay in cache
+        for i in range(rows.shape[0]):
+            for j in range(i + 1):
+                _paired(rows[i, start : start + _STRIP], rows[j, start : start + _STRIP], lanes[i, j])
+
+
+@compiled()
+def _paired(x: Array, y: Array, into: Array) -> None:
+    whole = x.size - x.size % SUM_LANES
+    for first in range(0, whole, SUM_LANES):
+        for lane in range(SUM_LANES):
+            into[lane] += np.float64(x[first + lane]) * np.float64(y[first + lane])
+    for lane in range(x.size - whole):
+        into[lane] += np.float64(x[whole + lane]) * np.float64(y[whole + lane])

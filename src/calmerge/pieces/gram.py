@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from calmerge._dot import row_products, rows_of
 from calmerge._measure import Measure, PerTensor, total
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
@@ -115,11 +116,10 @@ def _mixed_rows(rows: Tensor, coefficients: Coefficients, site: Site) -> Tensor:
 
 
 def products(block: Tensor) -> Tensor:
-    """Inner products of all pairs of task vectors, [T, T], float64.
+    """Inner products of all pairs of task vectors, [T, T], float64, in one order on every processor.
 
     >>> products(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
     tensor([[5., 3.],
             [3., 9.]], dtype=torch.float64)
     """
-    rows = block.reshape(len(block), -1).double()
-    return rows @ rows.T
+    return torch.from_numpy(row_products(rows_of(block)))

@@ -1,0 +1,70 @@
+"""Sums and inner products in float64, in one order on every processor.
+
+Entry i goes to lane i mod 64, each lane is added up from front to back, and the lanes in the end. The product of two
+float32 is exact in float64, so that it makes no difference whether a processor fuses it with the sum.
+"""
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from calmerge._compiled import kernels
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+LANES = 64
+
+
+def rows_of(block: Tensor) -> Array:
+    """The entries of each of the first dimension, float32 where they are stored in fewer bits: [T, n]."""
+    return (block if block.itemsize > 2 else block.float()).numpy(force=True).reshape(len(block), -1)
+
+
+def row_sums(rows: Array) -> Array:
+    """The sum of each row.
+
+    Args:
+        rows: [T, n].
+
+    >>> row_sums(np.float32([[1, 2], [3, 4]]))
+    array([3., 7.])
+    """
+    lanes = np.zeros((len(rows), LANES))
+    loops = kernels()
+    if loops is not None and rows.dtype == np.float32:
+        loops.row_lanes(np.ascontiguousarray(rows), lanes)
+    else:
+        for row, into in zip(rows, lanes, strict=True):
+            _into_lanes(row.astype(np.float64), into)
+    return lanes.sum(1)  # type: ignore[no-any-return]
+
+
+def row_products(rows: Array) -> Array:
+    """The inner products of all pairs of rows, [T, T].
+
+    Args:
+        rows: [T, n].
+
+    >>> row_products(np.float32([[1, 2], [3, 0]]))
+    array([[5., 3.],
+           [3., 9.]])
+    """
+    lanes = np.zeros((len(rows), len(rows), LANES))
+    loops = kernels()
+    if loops is not None and rows.dtype == np.float32:
+        loops.pair_lanes(np.ascontiguousarray(rows), lanes)
+    else:
+        wide = rows.astype(np.float64)
+        for i in range(len(rows)):
+            for j in range(i + 1):
+                _into_lanes(wide[i] * wide[j], lanes[i, j])
+    found = lanes.sum(2)
+    return found + np.tril(found, -1).T  # type: ignore[no-any-return]
+
+
+def _into_lanes(row: Array, lanes: Array) -> None:
+    """By NumPy, which adds whole rows of lanes from front to back."""
+    whole = len(row) - len(row) % LANES
+    np.add.reduce(row[:whole].reshape(-1, LANES), axis=0, out=lanes)
+    lanes[: len(row) - whole] += row[whole:]
