@@ -52,7 +52,7 @@ def unfit(who: str, weights: Weights, *, exclude: Sequence[str] = (), base: bool
         )
     if base and any(".lora_A." in n for n in names):
         yield f"{who} is an adapter{_of(weights)}; give the full model that it was trained on."
-    odd = {n: spec.dtype for n, spec in weights.specs.items() if n in set(names) and spec.dtype in _NOT_MERGED}
+    odd = {n: weights.specs[n].dtype for n in names if weights.specs[n].dtype in _NOT_MERGED}
     if odd:
         name, dtype = next(iter(odd.items()))
         yield (

@@ -257,7 +257,7 @@ def _plain(number: Tensor) -> dict[str, Any]:
     return {
         "dtype": str(number.dtype).removeprefix("torch."),
         "shape": list(number.shape),
-        "values": number.detach().cpu().flatten().tolist(),
+        "values": number.numpy(force=True).reshape(-1).tolist(),
     }
 
 
