@@ -5,7 +5,7 @@ measures, each of which is a sum of partial results over blocks. Then the files:
 """
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
@@ -19,7 +19,7 @@ from calmerge._memory import private_memory
 from calmerge._passes import TOGETHER
 from calmerge._size import bytes_of, shown
 from calmerge._task_vectors import TaskVectors
-from calmerge._weights import BLOCK, Computed, Gathered, Node, Spec, Weights, blocks, entries
+from calmerge._weights import BLOCK, Computed, Gathered, Node, Weights, blocks, entries
 from calmerge._writer import shards
 
 _FLOAT = 4  # bytes of an entry while it is worked on
@@ -179,36 +179,38 @@ class _Held:
     """What is held while one block is computed: every result on the way to it, and one function's own on top."""
 
     def __init__(self, nodes: Iterable[Node]) -> None:
-        self._parts: dict[int, tuple[Mapping[str, Spec] | None, int, int]] = {}
+        self._seen: set[int] = set()
+        self._always: list[tuple[int, int]] = []
+        self._of = defaultdict[str, list[tuple[int, int]]](list)  # by tensor
         self._width = 1
         for node in nodes:
             self._visit(node, outer=True)
 
     def bytes(self, name: str, n: int) -> int:
         """For a block of `n` entries."""
-        parts = [part for part in self._parts.values() if part[0] is None or name in part[0]]
-        copies = sum(kept for _, kept, _ in parts) + max(passing for *_, passing in parts)
+        parts = [*self._always, *self._of[name]]
+        copies = sum(kept for kept, _ in parts) + max(passing for _, passing in parts)
         slack = 2 if n * _FLOAT * self._width <= _KEPT else 1
         return copies * n * _FLOAT * slack
 
     def _visit(self, node: Node, outer: bool) -> None:
         """A node's float32 copies of a block: what it keeps until the block is done, and what comes and goes."""
-        if id(node) in self._parts:
+        if id(node) in self._seen:
             return
-        found: tuple[Mapping[str, Spec] | None, int, int]
         into = max((_width(n) for n in node.inputs), default=1)
         self._width = max(self._width, into)
-        if isinstance(node, Computed):
-            found = (node.specs, _width(node), into + 2 if node.copies is None else node.copies)
-        elif isinstance(node, TaskVectors):  # hands on what it is given
-            found = (node.specs, 0, 0)
-        elif isinstance(node, Weights):
-            found = (node.specs, _width(node), _ADDING)
+        if isinstance(node, Weights):
+            if isinstance(node, Computed):
+                found = _width(node), into + 2 if node.copies is None else node.copies
+            else:  # task vectors hand on what they are given
+                found = (0, 0) if isinstance(node, TaskVectors) else (_width(node), _ADDING)
+            for name in node.specs:
+                self._of[name].append(found)
         elif outer:
-            found = (None, 0, _COUNTING * into)
+            self._always.append((0, _COUNTING * into))
         else:
             return  # a measure is known by now
-        self._parts[id(node)] = found
+        self._seen.add(id(node))
         for one in node.inputs:
             self._visit(one, outer=False)
 
@@ -242,26 +244,30 @@ def _bytes_read(nodes: Iterable[Node], names: Iterable[str]) -> int:
     found: dict[tuple[int, str], int] = {}
     seen: set[tuple[int, str]] = set()
 
-    def visit(node: Node, names: list[str]) -> None:
-        names = [name for name in names if (id(node), name) not in seen]
-        if not isinstance(node, Weights) or not names:
+    def visit(node: Node, asked: Mapping[str, object]) -> None:
+        if not isinstance(node, Weights):
             return
+        fewer, others = sorted((asked, node.specs), key=len)
+        names = [name for name in fewer if name in others and (id(node), name) not in seen]
         seen.update((id(node), name) for name in names)
         own: Mapping[str, str] = getattr(node, "names", {})  # of a source under other names
         if isinstance(node, Gathered):
+            wanted_of = defaultdict[int, dict[str, None]](dict)
+            for place in map(node.places.__getitem__, names):
+                wanted_of[id(place[0])][place[1]] = None
             for source in node.inputs:
-                visit(source, [node.places[n][1] for n in names if n in node.places and node.places[n][0] is source])
+                visit(source, wanted_of[id(source)])
         elif isinstance(node, Adapted):
-            visit(node.base, names)
-            visit(node.source, node.stored(names))
+            visit(node.base, dict.fromkeys(names))
+            visit(node.source, dict.fromkeys(node.stored(names)))
         elif node.inputs:
-            wanted = [own.get(name, name) for name in names if name in node.specs]
+            wanted = dict.fromkeys(own.get(name, name) for name in names)
             for one in node.inputs:
                 visit(one, wanted)
         else:
-            found.update({(id(node), name): node.specs[name].nbytes for name in names if name in node.specs})
+            found.update({(id(node), name): node.specs[name].nbytes for name in names})
 
     for node in nodes:
         for one in node.inputs if isinstance(node, Measure) else [node]:
-            visit(one, list(names))
+            visit(one, dict.fromkeys(names))
     return sum(found.values())

@@ -235,8 +235,8 @@ class _Maker:
 
     def in_order(self) -> tuple[list[str], list[str]]:
         """All names: factors first, as the biases beside them are stored otherwise than those of other modules."""
-        low = [n for n in self._delta if self._kind(n) in ("linear", "embedding")]
-        return low, [n for n in self._delta if n not in set(low)]
+        low = dict.fromkeys(n for n in self._delta if self._kind(n) in ("linear", "embedding"))
+        return [*low], [n for n in self._delta if n not in low]
 
     def __call__(self, name: str) -> int:
         """Make what an adapter holds of one tensor; how many entries that was."""

@@ -99,6 +99,7 @@ def _of_cases(
         given: Mapping[str, Node] = dict(case.items())
         patterns = tuple(str(one.plain()) for one in given["tensors"].value) if "tensors" in given else ("*",)
         taken = tuple(name for name in left if any(fnmatchcase(name, p) for p in patterns))
-        left = tuple(name for name in left if name not in set(taken))
+        gone = set(taken)
+        left = tuple(name for name in left if name not in gone)
         for one in _of_pipe(read_pipe(given["merge"], []), seed, methods, taken, f"{label} > "):
             yield replace(one, tensors=one.tensors or patterns, names=one.names or taken)

@@ -227,7 +227,8 @@ def _listed(names: Iterable[str], groups: Mapping[str, Sequence[str]]) -> dict[s
         found[group] = [name for name in left if any(fnmatchcase(name, pattern) for pattern in patterns)]
         if not found[group]:
             raise UsageError(f"medsamix.groups: nothing is left for '{group}'; groups before it have its tensors.")
-        left = [name for name in left if name not in set(found[group])]
+        gone = set(found[group])
+        left = [name for name in left if name not in gone]
     return found
 
 

@@ -36,10 +36,10 @@ def where(tvs: TaskVectors, *, cases: Sequence[Case]) -> Weights:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in tvs.specs):
                 raise UsageError(f"where: '{pattern}' fits no tensor. {did_you_mean(pattern, tvs.specs)}")
-        chosen = [name for name in left if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        chosen = dict.fromkeys(name for name in left if any(fnmatchcase(name, pattern) for pattern in patterns))
         if not chosen:
             continue
         merged = merge(tvs.only_names(chosen))
         parts |= {name: (merged, name) for name in merged}
-        left = [name for name in left if name not in set(chosen)]
+        left = [name for name in left if name not in chosen]
     return Gathered({name: parts[name] for name in tvs.specs if name in parts})
