@@ -13,7 +13,7 @@ from calmerge._compiled import kernels
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-LANES = 64
+SUM_LANES = 64
 
 
 def rows_of(block: Tensor) -> Array:
@@ -30,7 +30,7 @@ def row_sums(rows: Array) -> Array:
     >>> row_sums(np.float32([[1, 2], [3, 4]]))
     array([3., 7.])
     """
-    lanes = np.zeros((len(rows), LANES))
+    lanes = np.zeros((len(rows), SUM_LANES))
     loops = kernels()
     if loops is not None and rows.dtype == np.float32:
         loops.row_lanes(np.ascontiguousarray(rows), lanes)
@@ -50,7 +50,7 @@ def row_products(rows: Array) -> Array:
     array([[5., 3.],
            [3., 9.]])
     """
-    lanes = np.zeros((len(rows), len(rows), LANES))
+    lanes = np.zeros((len(rows), len(rows), SUM_LANES))
     loops = kernels()
     if loops is not None and rows.dtype == np.float32:
         loops.pair_lanes(np.ascontiguousarray(rows), lanes)
@@ -65,6 +65,6 @@ def row_products(rows: Array) -> Array:
 
 def _into_lanes(row: Array, lanes: Array) -> None:
     """By NumPy, which adds whole rows of lanes from front to back."""
-    whole = len(row) - len(row) % LANES
-    np.add.reduce(row[:whole].reshape(-1, LANES), axis=0, out=lanes)
+    whole = len(row) - len(row) % SUM_LANES
+    np.add.reduce(row[:whole].reshape(-1, SUM_LANES), axis=0, out=lanes)
     lanes[: len(row) - whole] += row[whole:]

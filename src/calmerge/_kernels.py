@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from calmerge._dot import SUM_LANES
 from calmerge._lanes import LANES, squeezed
 from calmerge._machine import compiled
 from calmerge._watch import Array
@@ -16,8 +17,7 @@ from calmerge._watch import Array
 _FEW = 1024  # entries that are looked at twice
 _MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float but its sign
 _LARGEST = 0x7FFFFFFE  # but for the one that stands for none
-SUM_LANES = 64
-_STRIP = 32 * SUM_LANES
+_STRIP = 32 * SUM_LANES  # entries of all rows that stay in cache
 _NEAR = 1 << 20  # a magnitude's eighth, in its bits
 
 
@@ -326,7 +326,7 @@ def pair_lanes(rows: Array, lanes: Array) -> None:
         lanes: float64 [T, T, 64].
     """
     n = rows.shape[1]
-    for start in range(0, n, _STRIP):  # of which all rows stay in cache
+    for start in range(0, n, _STRIP):
         for i in range(rows.shape[0]):
             for j in range(i + 1):
                 _paired(rows[i, start : start + _STRIP], rows[j, start : start + _STRIP], lanes[i, j])
