@@ -83,9 +83,7 @@ def recipe(request: pytest.FixtureRequest, place: Path, write_folder: Callable[.
 
 def digests(folder: Path) -> dict[str, str]:
     return {
-        str(f.relative_to(folder)): blake3(f.read_bytes()).hexdigest()
-        for f in sorted(folder.rglob("*"))
-        if f.is_file()
+        str(f.relative_to(folder)): blake3(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()
     }
 
 
