@@ -6,7 +6,7 @@ measures, each of which is a sum of partial results over blocks. Then the files:
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 from itertools import chain
@@ -144,7 +144,7 @@ def _why(parts: Sequence[Sequence[Weights]]) -> str:
     whole = next((one for part in parts for one in part if not one.elementwise), None)
     if whole is None:
         return "numbers over the model are found in blocks of one size, so that they never depend on the limit"
-    held = _Held([whole])
+    held = _Held([whole], whole)
     name = max(filter(whole.whole, whole.specs), key=lambda name: held.bytes(name, whole.specs[name].numel))
     n = whole.specs[name].numel
     return (
@@ -166,7 +166,7 @@ def _measured(group: Sequence[Measure]) -> list[int]:
 
 def _block_sizes(nodes: Iterable[Node], grid: Weights, chunk: int) -> list[int]:
     """Bytes held for each of the blocks that take the most, in falling order: as many as there may be threads."""
-    held = _Held(nodes)
+    held = _Held(nodes, grid)
     counts = Counter((name, entries(grid, name, rows)) for name, rows in blocks(grid, chunk))
     if grid.elementwise:
         most = max((held.bytes(*block) for block in counts), default=0)
@@ -176,9 +176,15 @@ def _block_sizes(nodes: Iterable[Node], grid: Weights, chunk: int) -> list[int]:
 
 
 class _Held:
-    """What is held while one block is computed: every result on the way to it, and one function's own on top."""
+    """What is held while one block is computed: every result on the way to it, and one function's own on top.
 
-    def __init__(self, nodes: Iterable[Node]) -> None:
+    Args:
+        nodes: what is computed.
+        grid: has the names of the blocks.
+    """
+
+    def __init__(self, nodes: Iterable[Node], grid: Weights) -> None:
+        self._names = grid.specs
         self._seen: set[int] = set()
         self._always: list[tuple[int, int]] = []
         self._of = defaultdict[str, list[tuple[int, int]]](list)  # by tensor
@@ -204,7 +210,7 @@ class _Held:
                 found = _width(node), into + 2 if node.copies is None else node.copies
             else:  # task vectors hand on what they are given
                 found = (0, 0) if isinstance(node, TaskVectors) else (_width(node), _ADDING)
-            for name in node.specs:
+            for name in _common(node.specs, self._names):
                 self._of[name].append(found)
         elif outer:
             self._always.append((0, _COUNTING * into))
@@ -213,6 +219,12 @@ class _Held:
         self._seen.add(id(node))
         for one in node.inputs:
             self._visit(one, outer=False)
+
+
+def _common(some: Mapping[str, object], others: Mapping[str, object]) -> Iterator[str]:
+    """The names in both, found in the time that the fewer take."""
+    fewer, more = sorted((some, others), key=len)
+    return (name for name in fewer if name in more)
 
 
 def _width(node: Node) -> int:
@@ -247,8 +259,7 @@ def _bytes_read(nodes: Iterable[Node], names: Iterable[str]) -> int:
     def visit(node: Node, asked: Mapping[str, object]) -> None:
         if not isinstance(node, Weights):
             return
-        fewer, others = sorted((asked, node.specs), key=len)
-        names = [name for name in fewer if name in others and (id(node), name) not in seen]
+        names = [name for name in _common(asked, node.specs) if (id(node), name) not in seen]
         seen.update((id(node), name) for name in names)
         own: Mapping[str, str] = getattr(node, "names", {})  # of a source under other names
         if isinstance(node, Gathered):
