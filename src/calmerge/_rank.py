@@ -21,6 +21,7 @@ from torch import Tensor
 from calmerge._compiled import kernels
 from calmerge._passes import Fold
 from calmerge._random import uniform
+from calmerge._reader import Reader
 from calmerge._weights import ALL, Weights, row_size
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -168,14 +169,14 @@ def _bracketed(loops: ModuleType, bits: Array, bracket: Bracket) -> tuple[int, i
 
 def _sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> list[Bracket]:
     """Where the ranks lie, by a sample of blocks."""
-    blocks = []
+    reader, blocks = Reader([weights]), []  # its tape is that of the pass to come
     for name, first, n in _places(weights, max(_PROBE // max(1, tasks // 4), 1 << 9)):  # many tasks' blocks are large
         spec, rows = weights.specs[name], ALL
         if spec.shape:
             most = min(spec.shape[0], -(-n // row_size(spec)))
             start = min(first // row_size(spec), spec.shape[0] - most)
             rows = slice(start, start + most)
-        blocks.append(magnitudes(weights.read(name, rows), tasks)[:, :n].copy())
+        blocks.append(magnitudes(reader.read(name, rows)[0], tasks)[:, :n].copy())
     return [_bracket([block[t] for block in blocks], ranks[t], weights.numel) for t in range(tasks)]
 
 
