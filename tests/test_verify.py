@@ -132,3 +132,12 @@ def test_on_the_command_line(merged: Path, tmp_path: Path) -> None:
     assert json.loads(call(merged, "--json")[1]) == {"faults": [f"{SHARDS[1]} is missing.", "config.json is missing."]}
     code, _, says = call(tmp_path)
     assert (code, "is no folder that calmerge wrote: calmerge.json is missing" in says) == (1, True)
+
+
+@pytest.mark.parametrize("said", ["sha256", None])
+def test_hashes_of_another_kind_are_not_called_a_change(said: str | None, merged: Path) -> None:
+    manifest = json.loads((merged / "calmerge.json").read_text())
+    assert manifest.pop("hash") == "blake3"
+    (merged / "calmerge.json").write_text(json.dumps(manifest | ({"hash": said} if said else {})))
+    with pytest.raises(CheckpointError, match="its hashes are"):
+        verify(merged)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calmerge._errors import OutputError
+from calmerge._hash import ALGORITHM
 
 _log = logging.getLogger("calmerge")
 _MOST_NUMBERS = 2**20  # measured numbers that a journal keeps; more are measured again
@@ -123,7 +124,7 @@ class Journal:
     """
 
     def __init__(self, file: BinaryIO, key: Mapping[str, str], folder: Path) -> None:
-        self._file, self._key, self._folder = file, dict(key), folder
+        self._file, self._key, self._folder = file, {**key, "hash": ALGORITHM}, folder
         self._lock = threading.Lock()
         self.finished: dict[str, str] = {}
         self.measured: list[Tensor] | None = None
@@ -160,7 +161,7 @@ class Journal:
             )
         for line in lines[1:]:
             if "file" in line:
-                self.finished[line["file"]] = line["blake3"]
+                self.finished[line["file"]] = line[ALGORITHM]
             else:
                 self.measured = [_tensor(**one) for one in line["measured"]]
         _log.info("going on from %d finished files that a stopped run left", len(self.finished))
@@ -170,7 +171,7 @@ class Journal:
         """Note that a file is whole, once it is safe on disk."""
         sync(file)
         self.finished[self.name(file)] = digest
-        self._write({"file": self.name(file), "blake3": digest})
+        self._write({"file": self.name(file), ALGORITHM: digest})
 
     def name(self, file: Path) -> str:
         """What a file is called here: its place in the folder."""

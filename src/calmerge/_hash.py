@@ -6,6 +6,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+ALGORITHM = "blake3"
+"""What manifests and journals call it."""
 _PIECE = 1 << 20  # bytes that are hashed at a time, while other threads run
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from calmerge._checkpoint import Checkpoint, open_checkpoint
 from calmerge._errors import CheckpointError, OutputError, UsageError, did_you_mean
 from calmerge._folder import new_folder, resumable_folder
-from calmerge._hash import hash_of
+from calmerge._hash import ALGORITHM, hash_of
 from calmerge._lora import Adapted
 from calmerge._merged import Merged, is_patched, open_merged, storage, write_merged, written_together
 from calmerge._plan import plan
@@ -115,6 +115,7 @@ def save(
             "merged": len(patched.specs if patched else vector.specs),
             "not_merged": tvs.skipped,
             "tasks": list(tvs.tasks),
+            "hash": ALGORITHM,
             "files": files | side,
         }
         if patched:
@@ -194,10 +195,8 @@ def export(folder: str | Path, task: str, out: str | Path, *, run: Run | None = 
             files[file.name] = hash_of(file)
         files = write_weights(partial, weights, run=run) | files
         merge = {key: manifest.get(key) for key in ("recipe", "inputs")}
-        write_json(
-            partial / MANIFEST,
-            {"calmerge": own_version(), "versions": versions(), "task": task, "merge": merge, "files": files},
-        )
+        about = {"calmerge": own_version(), "versions": versions(), "task": task, "merge": merge}
+        write_json(partial / MANIFEST, about | {"hash": ALGORITHM, "files": files})
     return out
 
 

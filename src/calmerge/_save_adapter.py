@@ -15,7 +15,7 @@ from calmerge._adapter_config import CONFIG, adapter_options
 from calmerge._checkpoint import Checkpoint, Source
 from calmerge._errors import CheckpointError, OutputError, UsageError
 from calmerge._folder import resumable_folder
-from calmerge._hash import hash_of
+from calmerge._hash import ALGORITHM, hash_of
 from calmerge._lora import Adapted, adapted, config_of, stored_in_out, tied
 from calmerge._measure import ahead, workers
 from calmerge._products import Products
@@ -147,6 +147,7 @@ def save_adapter(
             "not_merged": tvs.skipped,
             "tasks": list(tvs.tasks),
             "modules": [asdict(row) for row in rows],
+            "hash": ALGORITHM,
             "files": {file: hash_of(folder / file) for file in ("adapter_model.safetensors", CONFIG)},
         }
         write_json(folder / MANIFEST, manifest)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 
 from calmerge._errors import CheckpointError
-from calmerge._hash import hash_of
+from calmerge._hash import ALGORITHM, hash_of
 from calmerge._header import read_header
 from calmerge._measure import workers
 from calmerge._run import Run
@@ -52,13 +52,19 @@ def _files_of_manifest(folder: Path) -> dict[str, str]:
     if not manifest.is_file():
         raise CheckpointError(f"'{folder}' is no folder that calmerge wrote: {MANIFEST} is missing.")
     try:
-        files: dict[str, str] = json.loads(manifest.read_text())["files"]
-        known = {str(name): str(hash) for name, hash in files.items()}
+        content = json.loads(manifest.read_text())
+        known = {str(name): str(hash) for name, hash in content["files"].items()}
+        algorithm = content.get("hash")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{manifest}: not a readable manifest ({type(e).__name__}: {e}).") from None
     for name in known:
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise CheckpointError(f"{manifest}: names '{name}', which lies outside the folder. Refused.")
+    if algorithm != ALGORITHM:
+        raise CheckpointError(
+            f"{manifest}: its hashes are {algorithm or 'of a kind that it does not name'}, and this version compares "
+            f"{ALGORITHM}. Use the calmerge that wrote the folder."
+        )
     return known
 
 
