@@ -15,7 +15,7 @@ from calmerge._signature import Count, NonNegative, Positive, Seed, check, raise
 from calmerge._task_vectors import TaskVectors, materialise
 from calmerge._weights import Site, Weights
 from calmerge.fitting.calibrate import fisher_diagonals
-from calmerge.pieces.blend import summed
+from calmerge.pieces.blend import squares, summed
 from calmerge.report.traces import FitTrace
 from calmerge.tasks.base import Tasks
 
@@ -110,7 +110,7 @@ def fisher_average(
     tensor([1.5000])
     """
     weights = torch.tensor(coefficients or [1 / len(tvs.tasks)] * len(tvs.tasks), dtype=torch.float64)
-    norms = total(diagonals, lambda f: f.double().reshape(len(f), -1).square().sum(1)).map(torch.sqrt)
+    norms = total(diagonals, squares).map(torch.sqrt)
 
     def averaged(tau: Tensor, f: Tensor, norm: Tensor, site: Site) -> Tensor:
         lam = weights

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from calmerge._dot import row_sums, rows_of
+from calmerge._dot import row_products, row_sums, rows_of
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 
@@ -40,6 +40,15 @@ def sums(tau: Tensor) -> Tensor:
     tensor([3., 7.], dtype=torch.float64)
     """
     return torch.from_numpy(row_sums(rows_of(tau)))
+
+
+def squares(tau: Tensor) -> Tensor:
+    """The squared length of the vector of each task, as `sums` of products.
+
+    >>> squares(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([ 5., 25.], dtype=torch.float64)
+    """
+    return torch.tensor([row_products(row[None]).item() for row in rows_of(tau)], dtype=torch.float64)
 
 
 def per_task(values: Tensor, tau: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from calmerge._measure import count, total
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
-from calmerge.pieces.blend import per_task, summed
+from calmerge.pieces.blend import per_task, squares, summed
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -33,7 +33,7 @@ def elect(tvs: TaskVectors, *, by: Literal["mass", "normmass", "normfrac"] = "ma
     if by == "mass":
         signs = tvs.reduce(lambda tau, site: summed(tau).sign())
     else:
-        norms = total(tvs, lambda tau: tau.reshape(len(tau), -1).double().square().sum(1))
+        norms = total(tvs, squares)
         shares = tvs.transform(_shares, norms)
         choose = summed if by == "normmass" else _furthest
         signs = shares.reduce(lambda share, site: choose(share).sign())

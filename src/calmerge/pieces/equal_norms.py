@@ -6,7 +6,7 @@ from torch import Tensor
 from calmerge._measure import total
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site
-from calmerge.pieces.blend import per_task
+from calmerge.pieces.blend import per_task, squares
 
 
 def equal_norms(tvs: TaskVectors) -> TaskVectors:
@@ -25,10 +25,9 @@ def equal_norms(tvs: TaskVectors) -> TaskVectors:
 
     Source: the data-free part of DisTaC, ICLR 2026, which distils the scaled experts afterwards.
     """
-    squares = total(tvs, lambda tau: tau.double().square().reshape(len(tau), -1).sum(1))
 
-    def scaled(tau: Tensor, squares: Tensor, site: Site) -> Tensor:
-        norms = squares.sqrt()
+    def scaled(tau: Tensor, squared: Tensor, site: Site) -> Tensor:
+        norms = squared.sqrt()
         return tau * per_task(torch.where(norms > 0, norms.mean() / norms, 1.0), tau)
 
-    return tvs.transform(scaled, squares)
+    return tvs.transform(scaled, total(tvs, squares))
