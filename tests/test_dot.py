@@ -1,15 +1,13 @@
 """Sums and inner products, compiled and by NumPy."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 from calmerge import _dot
 from calmerge._dot import row_products, row_sums, rows_of
+from calmerge._watch import Array
 
-Array = np.ndarray[Any, np.dtype[Any]]
 SIZES = [1, 63, 64, 65, 2047, 2048, 2049, 10_000]
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import calmerge as cm
 from calmerge import TaskVectors, UsageError, Weights
 from calmerge._measure import per_tensor, total
 from calmerge._memory import peak_memory, private_memory
-from calmerge._plan import plan
+from calmerge._plan import _common, plan
 from calmerge._random import uniform
 from calmerge._save import to_write
 from calmerge._weights import Spec
@@ -162,3 +163,12 @@ def test_memory_is_at_most_what_was_said(
     taken = peak.bytes - before
     assert taken <= found.memory + 16e6  # what libraries take for themselves when they are first called
     assert found.memory <= 200e6
+
+
+def test_common_names_are_looked_for_among_the_fewer_alone() -> None:
+    class Many(dict[str, object]):
+        def __iter__(self) -> Any:
+            raise AssertionError("gone through")
+
+    many = Many({"a": 1, "b": 2, "c": 3})
+    assert list(_common({"b": 0, "x": 0}, many)) == list(_common(many, {"b": 0, "x": 0})) == ["b"]

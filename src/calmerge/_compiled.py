@@ -18,5 +18,5 @@ def usable(numel: int) -> bool:
 
 
 def kernels() -> ModuleType | None:
-    """The compiled loops for what goes by rank or at random, where this process has the machine of tapes already."""
+    """The compiled loops for sums, ranks and draws, where this process has the machine of tapes already."""
     return importlib.import_module("calmerge._kernels") if "calmerge._machine" in sys.modules else None

@@ -4,14 +4,11 @@ Entry i goes to lane i mod 64, each lane is added up from front to back, and the
 float32 is exact in float64, so that it makes no difference whether a processor fuses it with the sum.
 """
 
-from typing import Any
-
 import numpy as np
 from torch import Tensor
 
 from calmerge._compiled import kernels
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from calmerge._watch import Array
 
 SUM_LANES = 64
 

@@ -225,11 +225,11 @@ def settle(nodes: Iterable[Node], *, threads: int | None = None, run: Run | None
     kept: Tapes = {}
     for stage in stages(nodes):
         sizes = [_entries(group) for group in stage]
-        total = sum(sizes)
-        shared = [size * 4 * threads > total for size in sizes]  # the others are worked on whole by one thread
-        taping = usable(total)
+        numel = sum(sizes)
+        shared = [size * 4 * threads > numel for size in sizes]  # the others are worked on whole by one thread
+        taping = usable(numel)
         grids = [next((n for n in group[0].inputs if isinstance(n, Weights)), ()) for group in stage]
-        with workers(worthwhile(threads, total, sum(map(len, grids)))) as pool:
+        with workers(worthwhile(threads, numel, sum(map(len, grids)))) as pool:
             for group, by_blocks in zip(stage, shared, strict=True):
                 if by_blocks:
                     _side_by_side(group, partial(ahead, pool, most=2 * threads), run, taping=taping, kept=kept)

@@ -169,7 +169,7 @@ def _bracketed(loops: ModuleType, bits: Array, bracket: Bracket) -> tuple[int, i
 
 def _sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> list[Bracket]:
     """Where the ranks lie, by a sample of blocks."""
-    reader, blocks = Reader([weights]), []  # its tape is that of the pass to come
+    reader, blocks = Reader([weights]), []  # what it compiles the pass to come finds
     for name, first, n in _places(weights, max(_PROBE // max(1, tasks // 4), 1 << 9)):  # many tasks' blocks are large
         spec, rows = weights.specs[name], ALL
         if spec.shape:

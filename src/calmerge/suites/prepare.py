@@ -4,7 +4,7 @@ import fcntl
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from calmerge._errors import CheckpointError
@@ -54,9 +54,8 @@ def _absent(suite: Suite, names: Sequence[str] | None) -> list[str]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process makes what belongs into a folder; not where it cannot be written, or has no locks."""
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("ab")
     except OSError:
         yield
