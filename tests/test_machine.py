@@ -44,7 +44,7 @@ def test_strips_of_a_file_and_of_memory_meet(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"head" + (stored.view(np.uint32) >> 16).astype(np.uint16).tobytes())
     held = np.arange(n, dtype=np.float32)
     program = Player(
-        [Load(LOAD_BF16, 2), Load(LOAD_F32, 0)], 1, [Step(MUL, 3, 0, 2), Step(ADD, 4, 3, 1)], [(STORE_F32, 4)]
+        [Load(LOAD_BF16, 2), Load(LOAD_F32, 0)], [True], [Step(MUL, 3, 0, 2), Step(ADD, 4, 3, 1)], [(STORE_F32, 4)]
     )
     room, out = np.empty(STRIP, np.uint16), np.empty(n, np.float32)
     file = os.open(tmp_path / "f", os.O_RDONLY)
@@ -58,7 +58,7 @@ def test_strips_of_a_file_and_of_memory_meet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_an_entry_that_is_no_number_is_told_wherever_it_is(bad: float) -> None:
-    program = Player([Load(LOAD_F32, 0)], 0, [Step(FINITE, 0, 0), Step(ADD, 1, 0, 0)], [(STORE_F32, 1)])
+    program = Player([Load(LOAD_F32, 0)], [], [Step(FINITE, 0, 0), Step(ADD, 1, 0, 0)], [(STORE_F32, 1)])
     for at in (0, STRIP - 1, STRIP, 2 * STRIP + 2):
         x = np.ones(2 * STRIP + 3, np.float32)
         assert play(program, [x], np.empty_like(x), [], []) == SOUND
@@ -68,9 +68,9 @@ def test_an_entry_that_is_no_number_is_told_wherever_it_is(bad: float) -> None:
 
 def test_the_end_of_one_program_is_not_that_of_another() -> None:
     x, out = np.ones(8, np.float32), np.empty(8, np.float32)
-    stays = Player([Load(LOAD_F32, 0)], 0, [Step(ADD, 1, 0, 0)], [(STORE_F32, 1)])
+    stays = Player([Load(LOAD_F32, 0)], [], [Step(ADD, 1, 0, 0)], [(STORE_F32, 1)])
     for _ in range(3):
-        goes = Player([Load(LOAD_F32, 0)], 0, [Step(MUL, 1, 0, 0)], [(STORE_F32, 1)])
+        goes = Player([Load(LOAD_F32, 0)], [], [Step(MUL, 1, 0, 0)], [(STORE_F32, 1)])
         assert play(goes, [x], out, [], []) == SOUND
         del goes
         gc.collect()
@@ -79,5 +79,5 @@ def test_the_end_of_one_program_is_not_that_of_another() -> None:
 
 
 def test_tensors_that_are_treated_alike_share_a_program() -> None:
-    same = [player((Load(LOAD_F32, 0),), 1, (Step(MUL, 2, 0, 1),), ((STORE_F32, 2),)) for _ in range(2)]
+    same = [player((Load(LOAD_F32, 0),), (True,), (Step(MUL, 2, 0, 1),), ((STORE_F32, 2),)) for _ in range(2)]
     assert same[0] is same[1]

@@ -169,8 +169,9 @@ class _Rows(Stored):
     start: int
     row: int
 
-    def __call__(self, rows: slice, offset: int, into: Array) -> None:
+    def __call__(self, rows: slice, offset: int, into: Array) -> Array:
         self.checkpoint.fill(memoryview(into), self.number, self.first(rows))  # type: ignore[arg-type]
+        return into
 
     def of(self, name: str) -> "_Rows":
         number, entry = self.checkpoint.entries[name]

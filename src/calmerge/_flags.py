@@ -63,8 +63,9 @@ class _Filled(NamedTuple):
     flags: Flags
     name: str
 
-    def __call__(self, rows: slice, offset: int, into: Array) -> None:
+    def __call__(self, rows: slice, offset: int, into: Array) -> Array:
         self.flags.fill(self.name, offset, into)
+        return into
 
     def of(self, name: str) -> "_Filled":
         return _Filled(self.flags, name)

@@ -11,10 +11,14 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import llvmlite
 import llvmlite.binding as llvm
 import numba
+
+from calmerge._objects import kept
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -72,20 +76,18 @@ class Player:
 
     Args:
         loads: what the first values are; then come the constants, then what the steps make.
-        constants: how many there are.
+        constants: for each, whether it is known to be finite.
         steps: in order.
         stores: operation and value of each plane that is written.
     """
 
     def __init__(
-        self, loads: Sequence[Load], constants: int, steps: Sequence[Step], stores: Sequence[tuple[int, int]]
+        self, loads: Sequence[Load], constants: Sequence[bool], steps: Sequence[Step], stores: Sequence[tuple[int, int]]
     ) -> None:
-        text = _program(loads, constants, steps, stores)
-        builder = _passes()
-        module = llvm.parse_assembly(text)
-        module.verify()
-        builder.getModulePassManager().run(module, builder)
-        self._engine = llvm.create_mcjit_compiler(module, _target())  # owns the code, and what it is handed
+        code = _code(_program(loads, constants, steps, stores))
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target())  # owns the code
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
         address = self._engine.get_function_address("play")
         kind = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 3, ctypes.c_int64, *[ctypes.c_void_p] * 2)
         self._play = kind(address)
@@ -95,7 +97,7 @@ class Player:
 
 
 def player(
-    loads: tuple[Load, ...], constants: int, steps: tuple[Step, ...], stores: tuple[tuple[int, int], ...]
+    loads: tuple[Load, ...], constants: tuple[bool, ...], steps: tuple[Step, ...], stores: tuple[tuple[int, int], ...]
 ) -> Player:
     """The player of a tape; one for all tensors whose tapes differ in their constants alone."""
     with _COMPILING:  # who comes second finds it
@@ -105,16 +107,41 @@ def player(
 _player = lru_cache(maxsize=256)(Player)
 
 
+def _code(text: str) -> bytes:
+    """A program as machine code of this processor."""
+
+    def compile() -> bytes:
+        module = llvm.parse_assembly(text)
+        module.verify()
+        builder = _passes()
+        builder.getModulePassManager().run(module, builder)
+        return bytes(_target().emit_object(module))
+
+    target = _target()
+    machine = (target.triple, llvm.get_host_cpu_name(), _features(), llvmlite.__version__, llvm.llvm_version_info)
+    return kept(_folder(), repr((text, machine)), compile)
+
+
+@cache
+def _folder() -> Path | None:
+    """Where numba keeps what it compiles of this module, if it found a place."""
+    place = compiled()(lambda: None).stats.cache_path
+    return None if place is None else Path(place)
+
+
 def _target() -> Any:
     """This processor."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    try:
-        features = llvm.get_host_cpu_features().flatten()
-    except RuntimeError:  # not told on every system
-        features = ""
     target = llvm.Target.from_default_triple()
-    return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
+    return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=_features(), opt=3)
+
+
+def _features() -> str:
+    try:
+        return str(llvm.get_host_cpu_features().flatten())
+    except RuntimeError:  # not told on every system
+        return ""
 
 
 @cache
@@ -134,37 +161,42 @@ _ROUNDED = """\
 {r}.e = and i32 {r}.h, 1
 {r}.s = add i32 {r}.e, 32767
 {r}.t = add i32 {r}.u, {r}.s
-{r}.m = and i32 {r}.u, 2147483647
-{r}.n = icmp ugt i32 {r}.m, 2139095040
-{r}.k = and i32 {r}.t, -65536
-{r}.v = select i1 {r}.n, i32 2143289344, i32 {r}.k"""  # to the nearest bfloat16, of two the even one; NaN stays NaN
+"""  # to the nearest bfloat16, of two the even one
+_STORED = "{r}.o = trunc i32 {r}.w to i16\nstore i16 {r}.o, ptr {at}"
+_LEAST = "{r}.c = fcmp olt float {a}, {b}\n%s = select i1 {r}.c, float {a}, float {b}"
+_MOST = "{r}.c = fcmp ogt float {a}, {b}\n%s = select i1 {r}.c, float {a}, float {b}"
+_UNLESS_NAN = "\n{r}.n = fcmp uno float {a}, 0.0\n{r} = select i1 {r}.n, float {a}, float {r}.l"
 _LINES = {
     LOAD_BF16: "{r}.x = load i16, ptr {at}\n{r}.z = zext i16 {r}.x to i32\n{r}.s = shl i32 {r}.z, 16\n"
     "{r} = bitcast i32 {r}.s to float",
     LOAD_F32: "{r} = load float, ptr {at}",
     LOAD_U8: "{r}.x = load i8, ptr {at}\n{r} = uitofp i8 {r}.x to float",
-    STORE_BF16: _ROUNDED + "\n{r}.w = lshr i32 {r}.v, 16\n{r}.o = trunc i32 {r}.w to i16\nstore i16 {r}.o, ptr {at}",
+    STORE_BF16: _ROUNDED + "{r}.n = fcmp uno float {a}, 0.0\n{r}.k = lshr i32 {r}.t, 16\n"
+    "{r}.w = select i1 {r}.n, i32 32704, i32 {r}.k\n" + _STORED,
     STORE_F32: "store float {a}, ptr {at}",
     FINITE: "{r}.u = bitcast float {a} to i32\n{r}.m = and i32 {r}.u, 2147483647\n"
     "{r} = call i32 @llvm.umax.i32(i32 {top}, i32 {r}.m)",
     ADD: "{r} = fadd float {a}, {b}", SUB: "{r} = fsub float {a}, {b}",
     MUL: "{r} = fmul float {a}, {b}", DIV: "{r} = fdiv float {a}, {b}",
-    LEAST: "{r}.c = fcmp olt float {a}, {b}\n{r}.l = select i1 {r}.c, float {a}, float {b}\n"
-    "{r}.n = fcmp uno float {a}, 0.0\n{r} = select i1 {r}.n, float {a}, float {r}.l",
-    MOST: "{r}.c = fcmp ogt float {a}, {b}\n{r}.l = select i1 {r}.c, float {a}, float {b}\n"
-    "{r}.n = fcmp uno float {a}, 0.0\n{r} = select i1 {r}.n, float {a}, float {r}.l",
+    LEAST: _LEAST % "{r}.l" + _UNLESS_NAN, MOST: _MOST % "{r}.l" + _UNLESS_NAN,
     ABS: "{r} = call float @llvm.fabs.f32(float {a})", SQRT: "{r} = call float @llvm.sqrt.f32(float {a})",
-    SIGN: "{r}.p = fcmp ogt float {a}, 0.0\n{r}.m = fcmp olt float {a}, 0.0\n"
-    "{r}.x = select i1 {r}.m, float -1.0, float 0.0\n{r} = select i1 {r}.p, float 1.0, float {r}.x",
+    SIGN: "{r}.x = call float @llvm.copysign.f32(float 1.0, float {a})\n{r}.c = fcmp one float {a}, 0.0\n"
+    "{r} = select i1 {r}.c, float {r}.x, float 0.0",
     SHRINK: "{r}.m = call float @llvm.fabs.f32(float {a})\n{r}.c = fcmp ugt float {r}.m, {b}\n"
     "{r} = select i1 {r}.c, float {a}, float 0.0",
     GREATER: "{r}.c = fcmp ogt float {a}, {b}\n{r} = select i1 {r}.c, float 1.0, float 0.0",
     AT_LEAST: "{r}.c = fcmp oge float {a}, {b}\n{r} = select i1 {r}.c, float 1.0, float 0.0",
     EQUAL: "{r}.c = fcmp oeq float {a}, {b}\n{r} = select i1 {r}.c, float 1.0, float 0.0",
     WHERE: "{r}.c = fcmp une float {a}, 0.0\n{r} = select i1 {r}.c, float {b}, float {d}",
-    ROUND_BF16: _ROUNDED + "\n{r} = bitcast i32 {r}.v to float",
+    ROUND_BF16: _ROUNDED + "{r}.n = fcmp uno float {a}, 0.0\n{r}.k = and i32 {r}.t, -65536\n"
+    "{r}.v = select i1 {r}.n, i32 2143289344, i32 {r}.k\n{r} = bitcast i32 {r}.v to float",
 }  # fmt: skip
 """What a step is in assembly: {r} is the value it makes, {at} an address, {top} the largest bits asked for so far."""
+_SURE = {
+    LEAST: _LEAST % "{r}", MOST: _MOST % "{r}", STORE_BF16: _ROUNDED + "{r}.w = lshr i32 {r}.t, 16\n" + _STORED,
+    ROUND_BF16: _ROUNDED + "{r}.k = and i32 {r}.t, -65536\n{r} = bitcast i32 {r}.k to float",
+}  # fmt: skip
+"""The same where {a} is a number for sure, and not NaN."""
 
 _WIDE = '"prefer-vector-width"="512"'
 """Vectors as wide as the processor has: by itself LLVM halves those of AVX-512, in which steps take a third longer."""
@@ -175,6 +207,7 @@ declare i32 @llvm.umax.i32(i32, i32)
 declare i64 @llvm.umin.i64(i64, i64)
 declare float @llvm.fabs.f32(float)
 declare float @llvm.sqrt.f32(float)
+declare float @llvm.copysign.f32(float, float)
 
 define internal i1 @fill(i64 %handle, ptr %into, i64 %size, i64 %first) noinline {
 entry:
@@ -200,13 +233,34 @@ short:
 """
 
 
-def _program(loads: Sequence[Load], constants: int, steps: Sequence[Step], stores: Sequence[tuple[int, int]]) -> str:
+def _program(
+    loads: Sequence[Load], constants: Sequence[bool], steps: Sequence[Step], stores: Sequence[tuple[int, int]]
+) -> str:
     """`play`, which reads strip after strip, and `strip`, the loop over the entries of one."""
-    return "\n".join([_READING, *_strip(loads, constants, steps, stores), *_play(loads, constants, stores)])
+    sure = _numbers(loads, constants, steps)
+    return "\n".join([_READING, *_strip(loads, len(constants), steps, stores, sure), *_play(loads, constants, stores)])
+
+
+def _numbers(loads: Sequence[Load], constants: Sequence[bool], steps: Sequence[Step]) -> set[int]:
+    """The values that are numbers for sure, and not NaN, wherever what was asked to be finite is."""
+    first = len(loads)
+    finite = {j for j, load in enumerate(loads) if load.op == LOAD_U8}
+    finite |= {first + j for j, known in enumerate(constants) if known}
+    finite |= {step.a for step in steps if step.op == FINITE}
+    sure = set(finite)
+    for step in steps:
+        read = {step.a} if step.op in (ABS, SHRINK, ROUND_BF16) else {step.a, step.b}
+        if step.op in (SIGN, GREATER, AT_LEAST, EQUAL) or (step.op in (ABS, SHRINK, LEAST, MOST) and read <= finite):
+            finite.add(step.to)
+        if step.to in finite or (step.op in (ADD, SUB, MUL) and read <= finite):  # infinite at most
+            sure.add(step.to)
+        if step.op in (ABS, SHRINK, LEAST, MOST, ROUND_BF16) and read <= sure:
+            sure.add(step.to)
+    return sure
 
 
 def _strip(
-    loads: Sequence[Load], constants: int, steps: Sequence[Step], stores: Sequence[tuple[int, int]]
+    loads: Sequence[Load], constants: int, steps: Sequence[Step], stores: Sequence[tuple[int, int]], sure: set[int]
 ) -> list[str]:
     planes = [f"ptr noalias readonly %i{j}" for j in range(len(loads))]
     planes += [f"ptr noalias %o{j}" for j in range(len(stores))]
@@ -215,7 +269,8 @@ def _strip(
 
     def line(op: int, r: str, at: str = "", **values: int) -> None:
         names = {key: f"%v{value}" for key, value in values.items()}
-        body.append(_LINES[op].format(r=r, at=at, top=top, **names))
+        lines = _SURE if op in _SURE and values["a"] in sure else _LINES
+        body.append(lines[op].format(r=r, at=at, top=top, **names))
 
     for j, load in enumerate(loads):
         body.append(f"%a{j} = getelementptr i{8 * _SIZES[load.op]}, ptr %i{j}, i64 %k")
@@ -238,7 +293,7 @@ def _strip(
     ]  # fmt: skip
 
 
-def _play(loads: Sequence[Load], constants: int, stores: Sequence[tuple[int, int]]) -> list[str]:
+def _play(loads: Sequence[Load], constants: Sequence[bool], stores: Sequence[tuple[int, int]]) -> list[str]:
     files = [j for j, load in enumerate(loads) if load.stored]
 
     def taken(name: str, kind: str, array: str, count: int) -> list[str]:
@@ -250,7 +305,7 @@ def _play(loads: Sequence[Load], constants: int, stores: Sequence[tuple[int, int
     lines = [
         "define i32 @play(ptr %inputs, ptr %outputs, ptr %constants, i64 %n, ptr %files, ptr %firsts) {", "entry:",
         *taken("i", "ptr", "inputs", len(loads)), *taken("o", "ptr", "outputs", len(stores)),
-        *taken("c", "float", "constants", constants), *taken("f", "i64", "files", len(files)),
+        *taken("c", "float", "constants", len(constants)), *taken("f", "i64", "files", len(files)),
         *taken("g", "i64", "firsts", len(files)), "br label %outer", "outer:",
         f"%begin = phi i64 [0, %entry], [%next, %read{len(files)}]",
         f"%bad = phi i32 [0, %entry], [%worst, %read{len(files)}]",
@@ -274,7 +329,7 @@ def _play(loads: Sequence[Load], constants: int, stores: Sequence[tuple[int, int
     for j, (op, _) in enumerate(stores):
         lines.append(f"%q{j} = getelementptr i{8 * _SIZES[op]}, ptr %o{j}, i64 %begin")
         pointers.append(f"ptr %q{j}")
-    given = ", ".join([*pointers, *(f"float %c{j}" for j in range(constants)), "i64 %w"])
+    given = ", ".join([*pointers, *(f"float %c{j}" for j in range(len(constants))), "i64 %w"])
     return [
         *lines, f"%top = call i32 @strip({given})", "%worst = call i32 @llvm.umax.i32(i32 %bad, i32 %top)",
         "%next = add i64 %begin, %w", "%more = icmp ult i64 %next, %n", "br i1 %more, label %outer, label %end",

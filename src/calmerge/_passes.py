@@ -5,6 +5,7 @@ followed by a reduction of what came back, `add`, in the order of the blocks. Pa
 the most part, so that they can travel; `part` needs the lazy weights, which are opened from headers anywhere.
 """
 
+import gc
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -136,6 +137,8 @@ def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    often = gc.get_threshold()
+    gc.set_threshold(*often[:2], 2**30)  # to look for garbage among all that imports made takes a tenth of a second
     # glibc gives freed blocks back to the system, which clears them anew each time (a third of a merge's time), unless
     # they are smaller than the largest one it was ever seen to free, up to 32 MB: so it is shown one
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
@@ -144,3 +147,4 @@ def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(before)
+        gc.set_threshold(*often)

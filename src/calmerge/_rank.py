@@ -205,22 +205,16 @@ def _bracket(sample: list[Array], rank: int, numel: int) -> Bracket:
     """Two magnitudes of the sample between which the rank lies, as far as neighbouring blocks differ."""
     pooled = np.concatenate(sample)
     middle = (rank - 0.5) / numel
-    guess = _ordered(pooled, int(middle * len(pooled)))
+    guess = np.float32(nth(pooled, int(middle * len(pooled)) + 1))
     sizes = np.array([len(block) for block in sample]) / len(pooled)
     below = np.array([np.mean(block <= guess) for block in sample])
     spread = np.linalg.norm((sizes[::2] + sizes[1::2]) * (below[::2] - below[1::2])) / 2
     margin = _MARGIN * spread + 4 / len(pooled)
     first, last = int((middle - margin) * len(pooled)), int((middle + margin) * len(pooled)) + 1
-    low = _ordered(pooled, first) if first > 0 else np.float32(0)
-    high = _ordered(pooled, last) if last < len(pooled) else np.float32(np.inf)
+    low = np.float32(nth(pooled, first + 1) if first > 0 else 0)
+    high = np.float32(nth(pooled, last + 1) if last < len(pooled) else np.inf)
     share = np.count_nonzero((pooled >= low) & (pooled <= high)) / len(pooled)
     return Bracket(int(low.view(np.int32)), int(high.view(np.int32)), numel * share)
-
-
-def _ordered(row: Array, place: int) -> np.float32:
-    """What would stand there if the row were in order, into which it comes in part."""
-    row.partition(place)
-    return np.float32(row[place])
 
 
 def held(n: int, tasks: int) -> Generator[Fold, Any, Array]:

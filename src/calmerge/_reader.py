@@ -20,7 +20,6 @@ Tapes = dict[Hashable, "tuple[Tape | None, Sequence[Node]]"]
 """By the way a tensor comes about, its tape; and nodes that must live on for as long as others are told by them."""
 
 _PROBE = 256  # entries of the rows that a tape is recorded on, at least
-_HELD = 2  # blocks of a tape whose inputs are computed: with more they leave the cache, with fewer Python takes longer
 _LONG = 2**15  # entries of a tensor from which on a tape pays
 
 
@@ -57,14 +56,13 @@ class Reader:
         Args:
             name: of the tensor.
             blocks: rows that follow each other.
-            together: how many may come as one where that is quicker; of a tape that computes inputs first, two.
+            together: how many may come as one where that is quicker.
         """
         tape = self._tape(name)
         if tape is None:
             for rows in blocks:
                 yield rows, self._by_torch(name, rows)
             return
-        together = together if tape.streams else min(together, _HELD)
         few = [blocks[i : i + together] for i in range(0, len(blocks), together)]
         blocks = [one[0] if len(one) == 1 else slice(one[0].start, one[-1].stop) for one in few]
         with tape.opened() as handles:
@@ -180,10 +178,9 @@ class Remade:
         """What does so for another tensor."""
         return Remade(self._fn, self._inputs, name, self._kept)
 
-    def __call__(self, rows: slice, offset: int, into: Array) -> None:
+    def __call__(self, rows: slice, offset: int, into: Array) -> Array:
         """Compute some rows."""
-        made = self._fn(*self._reader.read(self._name, rows), Site(self._name, offset))
-        into[:] = _bytes(made)
+        return _bytes(self._fn(*self._reader.read(self._name, rows), Site(self._name, offset)))
 
 
 def _number(node: Node, site: Site) -> Tensor:

@@ -60,9 +60,13 @@ class Handed(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where inputs and planes lie for blocks of one size: first bytes, with the end of all as the last one."""
+    """Where inputs and outputs lie for blocks of one size: first bytes, with the end of all as the last one.
+
+    And for each plane that is loaded the number of its input, and the bytes of the planes before it.
+    """
 
     starts: list[int]
+    planes: list[tuple[int, int]]
     ends: list[int]
 
 
@@ -87,10 +91,8 @@ class Tape:
     outputs: list[Output]
     _layouts: dict[int, _Layout] = field(default_factory=dict)
 
-    @property
-    def streams(self) -> bool:
-        """Whether nothing that is loaded has to be computed first, so that little is held, whatever the block."""
-        return not any(one.made for one in self.inputs)
+    def __post_init__(self) -> None:
+        self._numbers_at = self.constants.ctypes.data
 
     def of(self, name: str) -> "Tape":
         """The tape of another tensor that is treated alike."""
@@ -118,24 +120,26 @@ class Tape:
             handles: as from `opened`.
         """
         n = math.prod(shape)
-        starts, ends = self._layout(n)
-        with _lent(starts[-1]) as data:
-            firsts = []
-            for one, start in zip(self.inputs, starts, strict=False):
+        layout = self._layout(n)
+        with _lent(layout.starts[-1]) as (room, address):
+            places, firsts, made = [address + start for start in layout.starts], [], []
+            for i, (one, start) in enumerate(zip(self.inputs, layout.starts, strict=False)):
                 if isinstance(one.fill, Stored):
                     firsts.append(one.fill.first(rows))
                 else:
-                    one.fill(rows, offset, data[start : start + one.size(n)])
-            out = np.empty(ends[-1], np.uint8)
-            size = {i: n * LOADS[one.dtype][1] for i, one in enumerate(self.inputs)}
-            read = np.array([data.ctypes.data + starts[i] + plane * size[i] for i, plane in self.loads], np.int64)
-            written = np.array(ends[:-1], np.int64) + out.ctypes.data
-            files, bytes_before = np.array(handles, np.int64), np.array(firsts, np.int64)
-            arrays = (read, written, self.constants)
-            found = self.play_all(*(x.ctypes.data for x in arrays), n, files.ctypes.data, bytes_before.ctypes.data)
+                    made.append(one.fill(rows, offset, room[start : layout.starts[i + 1]]))
+                    places[i] = made[-1].ctypes.data
+            out = np.empty(layout.ends[-1], np.uint8)
+            to = out.ctypes.data
+            read = [places[i] + before for i, before in layout.planes]
+            table = np.array([*read, *(to + end for end in layout.ends[:-1]), *handles, *firsts], np.int64)
+            inputs = table.ctypes.data
+            outputs = inputs + 8 * len(read)
+            files = outputs + 8 * (len(layout.ends) - 1)
+            found = self.play_all(inputs, outputs, self._numbers_at, n, files, files + 8 * len(handles))
             if found != machine.SOUND:
                 return None
-        return self._planes(out, shape, ends)
+        return self._planes(out, shape, layout.ends)
 
     def _planes(self, out: Array, shape: tuple[int, ...], ends: Sequence[int]) -> list[Tensor]:
         """The bytes that came out as tensors; by NumPy, since every call of torch lets go of Python's lock."""
@@ -156,12 +160,13 @@ class Tape:
         if n not in self._layouts:
             starts, ends = [0], [0]
             for one in self.inputs:
-                held = min(n, machine.STRIP) if isinstance(one.fill, Stored) else n
+                held = 0 if one.made else min(n, machine.STRIP) if isinstance(one.fill, Stored) else n
                 starts.append(starts[-1] + -(-one.size(held) // _ALIGN) * _ALIGN)
             for output in self.outputs:
                 ends += [ends[-1] + (i + 1) * n * _store(output)[1] for i in range(len(output.values))]
                 ends[-1] = -(-ends[-1] // _ALIGN) * _ALIGN
-            self._layouts[n] = _Layout(starts, ends)
+            planes = [(i, plane * n * LOADS[self.inputs[i].dtype][1]) for i, plane in self.loads]
+            self._layouts[n] = _Layout(starts, planes, ends)
         return self._layouts[n]
 
 
@@ -170,16 +175,20 @@ def _store(output: Output) -> tuple[int, int]:
 
 
 @contextmanager
-def _lent(size: int) -> Iterator[Array]:
-    """At least so many bytes that this thread had before, if nobody has them now, as a tape inside of a tape would."""
-    spare: list[Array] = vars(watching).setdefault("buffers", [])
-    room = spare.pop() if spare else np.zeros(0, np.uint8)
-    if len(room) < size:
+def _lent(size: int) -> Iterator[tuple[Array, int]]:
+    """At least so many bytes that this thread had before, if nobody has them now, as a tape inside of a tape would.
+
+    With their address.
+    """
+    spare: list[tuple[Array, int]] = vars(watching).setdefault("buffers", [])
+    lent = spare.pop() if spare else None
+    if lent is None or len(lent[0]) < size:
         room = np.zeros(size, np.uint8)
+        lent = room, room.ctypes.data
     try:
-        yield room
+        yield lent
     finally:
-        spare.append(room)
+        spare.append(lent)
 
 
 def _numbers(constants: Array, handed: Mapping[int, Handed], name: str) -> Array:
@@ -235,11 +244,11 @@ def assembled(
         machine.Load(step.op, LOADS[inputs[step.a].dtype][1] if isinstance(inputs[step.a].fill, Stored) else 0)
         for step in loading
     ]
-    program = machine.player(
-        tuple(loads), len(known), tuple(renamed), tuple((op, number[value]) for op, value in stores)
-    )
     values = {value: constant for constant, value in constants.items()}
     numbers = [values[value] for value in known]
+    finite = tuple(isinstance(one, bytes) and bool(np.isfinite(np.frombuffer(one, np.float32)[0])) for one in numbers)
+    stored = tuple((op, number[value]) for op, value in stores)
+    program = machine.player(tuple(loads), finite, tuple(renamed), stored)
     fixed = b"".join(b"\0\0\0\0" if isinstance(one, Handed) else one for one in numbers)
     handed = {i: one for i, one in enumerate(numbers) if isinstance(one, Handed)}
     return Tape(

@@ -19,10 +19,13 @@ watching = threading.local()
 
 
 class Fill(Protocol):
-    """Puts an input's entries of a block where the machine reads them."""
+    """Hands the machine an input's entries of a block."""
 
-    def __call__(self, rows: slice, offset: int, into: Array, /) -> None:
-        """The `rows` of a tensor, the first entry of which is number `offset`, as bytes."""
+    def __call__(self, rows: slice, offset: int, into: Array, /) -> Array:
+        """The `rows` of a tensor, the first entry of which is number `offset`, as bytes: put into `into`, or elsewhere.
+
+        `into` has no room for what is computed.
+        """
 
     def of(self, name: str, /) -> "Fill":
         """What does the same for another tensor that is treated alike."""
@@ -32,7 +35,7 @@ class Stored(ABC):
     """A `Fill` from a file, which the machine may read by itself."""
 
     @abstractmethod
-    def __call__(self, rows: slice, offset: int, into: Array, /) -> None:
+    def __call__(self, rows: slice, offset: int, into: Array, /) -> Array:
         """As any `Fill`."""
 
     @abstractmethod

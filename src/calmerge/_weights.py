@@ -212,8 +212,8 @@ class _Held:
     tensors: Mapping[str, Tensor]
     name: str
 
-    def __call__(self, rows: slice, offset: int, into: Array) -> None:
-        into[:] = self.tensors[self.name][rows].detach().contiguous().view(-1).view(torch.uint8).numpy()
+    def __call__(self, rows: slice, offset: int, into: Array) -> Array:
+        return self.tensors[self.name][rows].detach().contiguous().view(-1).view(torch.uint8).numpy()
 
     def of(self, name: str) -> "_Held":
         return _Held(self.tensors, name)
