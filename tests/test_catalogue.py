@@ -21,7 +21,7 @@ def test_every_method_has_its_row_whole(name: str) -> None:
     ("name", "group", "passes", "memory"),
     [
         ("average", "one model of all experts", 1, "A"),
-        ("ties", "one model of all experts", 3, "C"),
+        ("ties", "one model of all experts", 2, "C"),
         ("tsv_m", "one model of all experts", 1, "B"),
         ("trim", "task vectors, before a merge", 2, "C"),
         ("lines", "after a merge", 2, "C"),

@@ -297,7 +297,7 @@ def test_list_fits_into_100_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calmerge._show.WIDTH", 100)
     assert max(map(len, call("list").stdout.splitlines())) <= 110
     table = [line for line in call("list").stdout.splitlines() if line.startswith("ties ")]
-    assert table[0].split()[:6] == ["ties", "weights", "3", "C", "NeurIPS", "2023"]
+    assert table[0].split()[:6] == ["ties", "weights", "2", "C", "NeurIPS", "2023"]
     assert len(table[0]) <= 100
 
 
@@ -313,7 +313,7 @@ def test_explain_every_method(method: str) -> None:
 def test_explain_shows_formula_options_source_and_recipe() -> None:
     shown = call("explain", "ties").stdout
     for part in [
-        "reads the inputs 3 times; memory class C",
+        "reads the inputs 2 times; memory class C",
         ">>> ties(",
         "s = sign(sum_t tau_hat_t)",
         "(0, 1]",

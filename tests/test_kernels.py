@@ -71,9 +71,9 @@ def test_brackets_of_ranks_count_and_take_along_the_same(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("guess", [0.0, 1.0, 2.5, 1e9])
 def test_every_rank_of_a_row_from_any_guess(machine: ModuleType, n: int, guess: float) -> None:
     row = ((uniform((n,), "row") * 8).floor() - 4).numpy()
-    some, spare = (np.empty(size, np.int32) for size in (n + machine.LANES, machine.LANES))
+    some = np.empty(n + machine.LANES, np.int32)
     near = int(np.float32(guess).view(np.int32))
-    found = [machine.nth(row.view(np.int32), rank, near, some, spare) for rank in range(1, n + 1)]
+    found = [machine.nth(row.view(np.int32), rank, near, some) for rank in range(1, n + 1)]
     assert np.array_equal(np.array(found, np.int32).view(np.float32), np.sort(np.abs(row)))
 
 

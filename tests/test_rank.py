@@ -77,14 +77,14 @@ def test_one_pass_is_the_rule(passes: list[int], monkeypatch: pytest.MonkeyPatch
 def test_a_rank_outside_the_bracket_is_found_all_the_same(
     wrong: tuple[int, int], passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank, "_sampled", lambda weights, tasks, k: [rank.Bracket(*wrong, 10)] * tasks)
+    monkeypatch.setattr(rank, "sampled", lambda weights, tasks, k: [rank.Bracket(*wrong, 10)] * tasks)
     tvs = vectors()
     for k in (1, 30_000, 60_715):
         assert kth_magnitude(tvs, k).value().tolist() == nth(tvs, k)
 
 
 def test_weights_that_are_only_read_whole_are_not_sampled(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank, "_sampled", None)
+    monkeypatch.setattr(rank, "sampled", None)
     tvs = vectors().transform(lambda tau, site: tau, elementwise=False)
     assert kth_magnitude(tvs, 30_000).value().tolist() == nth(tvs, 30_000)
 

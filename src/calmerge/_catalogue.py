@@ -67,7 +67,7 @@ def catalogue(methods: Mapping[str, Callable[..., Any]] | None = None) -> list[E
     >>> from calmerge.methods.ties import ties
     >>> found = catalogue({"ties": ties})[0]
     >>> found.passes, found.memory, found.paper
-    (3, 'C', 'NeurIPS 2023')
+    (2, 'C', 'NeurIPS 2023')
     """
     if methods is None:
         from calmerge.methods import METHODS

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from calmerge._dot import SUM_LANES
-from calmerge._lanes import LANES, squeezed
+from calmerge._lanes import LANES, flagged, packed
 from calmerge._machine import compiled
 from calmerge._watch import Array
 
@@ -36,7 +36,8 @@ def bracketed(bits: Array, low: int, high: int, inside: Array) -> tuple[int, int
     least, most = np.int32(low), np.int32(high)
     whole = bits.size - bits.size % LANES
     for i in range(0, whole, LANES):
-        less, between = squeezed(bits, i, least, most, inside, found)
+        less, between, which = flagged(bits, i, least, most)
+        packed(bits, i, which, _MAGNITUDE, inside, found)
         below += less
         found += between
     for i in range(whole, bits.size):
@@ -45,6 +46,61 @@ def bracketed(bits: Array, low: int, high: int, inside: Array) -> tuple[int, int
         below += np.intp(magnitude < least)
         found += np.intp(magnitude >= least) & np.intp(magnitude <= most)
     return below, below + found, found
+
+
+@compiled()
+def bracketed_beside(rows: Array, low: Array, high: Array, counts: Array, beside: Array) -> int:
+    """As `bracketed` for several rows: of places where any magnitude lies between, all entries are put into `beside`.
+
+    Args:
+        rows: int32 [T, n], bits of floats.
+        low: int32 [T].
+        high: int32 [T].
+        counts: int64 [T, 2]; how many lie below, and how many up to the end.
+        beside: int32 [T, n + LANES]; the entries, in order.
+
+    Returns:
+        How many places there are.
+    """
+    found: Any = 0
+    whole = rows.shape[1] - rows.shape[1] % LANES
+    which = np.empty(_STRIP // LANES, np.int64)
+    for start in range(0, whole, _STRIP):
+        groups = min(_STRIP, whole - start) // LANES
+        which[:groups] = 0
+        for t in range(rows.shape[0]):
+            _flagged_row(rows[t, start:], low[t], high[t], counts[t], which[:groups])
+        for g in range(groups):
+            flags = which[g]
+            if flags:
+                for t in range(rows.shape[0]):
+                    packed(rows[t], start + g * LANES, flags, np.int32(-1), beside[t], found)
+                while flags:
+                    found += 1
+                    flags &= flags - 1
+    for i in range(whole, rows.shape[1]):
+        wanted = False
+        for t in range(rows.shape[0]):
+            magnitude = np.int32(rows[t, i] & _MAGNITUDE)
+            beside[t, found] = rows[t, i]
+            counts[t, 0] += magnitude < low[t]
+            counts[t, 1] += magnitude <= high[t]
+            wanted |= low[t] <= magnitude <= high[t]
+        found += np.intp(wanted)
+    return found  # type: ignore[no-any-return]
+
+
+@compiled()
+def _flagged_row(bits: Array, low: Any, high: Any, counts: Array, which: Array) -> None:
+    below: Any = 0
+    inside: Any = 0
+    for g in range(which.size):
+        less, between, flags = flagged(bits, g * LANES, low, high)
+        below += less
+        inside += between
+        which[g] |= flags
+    counts[0] += below
+    counts[1] += below + inside
 
 
 @compiled()
@@ -133,12 +189,12 @@ def between(rows: Array, first: int, last: int, out: Array) -> None:
         last: another.
         out: float32 [rows, n].
     """
-    some, spare = np.empty(rows.shape[1] + LANES, np.int32), np.empty(LANES, np.int32)
+    some = np.empty(rows.shape[1] + LANES, np.int32)
     low, high = 0, 0
     for r in range(rows.shape[0]):
         bits = rows[r].view(np.int32)
-        low = nth(bits, first, low, some, spare)  # rows of a tensor are much alike
-        high = nth(bits, last, high, some, spare)
+        low = nth(bits, first, low, some)  # rows of a tensor are much alike
+        high = nth(bits, last, high, some)
         _kept(rows[r], np.int32(low), np.int32(high), out[r])
 
 
@@ -151,7 +207,7 @@ def _kept(x: Array, low: Any, high: Any, z: Array) -> None:
 
 
 @compiled()
-def nth(bits: Array, rank: int, guess: int, some: Array, spare: Array) -> int:
+def nth(bits: Array, rank: int, guess: int, some: Array) -> int:
     """The bits of the magnitude of a rank, 1 for the smallest; sooner where it is near a guess.
 
     Args:
@@ -159,7 +215,6 @@ def nth(bits: Array, rank: int, guess: int, some: Array, spare: Array) -> int:
         rank: from 1 to n.
         guess: bits of a magnitude.
         some: int32 [n + LANES], room.
-        spare: int32 [LANES], room.
     """
     low: Any = max(0, guess - _NEAR)
     high: Any = min(guess + _NEAR, _LARGEST)
@@ -173,7 +228,7 @@ def nth(bits: Array, rank: int, guess: int, some: Array, spare: Array) -> int:
         pivot = _middle(some[0], some[n >> 1], some[n - 1])
         less, equal, kept = 0, 0, 0
         for i in range(0, n, LANES):
-            before, same = squeezed(some, i, pivot, pivot, spare, 0)
+            before, same, _ = flagged(some, i, pivot, pivot)
             less += before
             equal += same
         if less < rank <= less + equal:
@@ -183,7 +238,9 @@ def nth(bits: Array, rank: int, guess: int, some: Array, spare: Array) -> int:
         else:
             low, rank = pivot + 1, rank - less - equal
         for i in range(0, n, LANES):
-            kept += squeezed(some, i, np.int32(low), np.int32(high), some, kept)[1]
+            _, between, which = flagged(some, i, np.int32(low), np.int32(high))
+            packed(some, i, which, _MAGNITUDE, some, kept)
+            kept += between
         n = kept
     return _MAGNITUDE  # type: ignore[return-value]
 

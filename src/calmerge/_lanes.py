@@ -17,41 +17,64 @@ _COMPRESS = f"llvm.experimental.vector.compress.v{LANES}i32"
 _UNDEFINED = ir.Constant(_VECTOR, ir.Undefined)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def squeezed(context: Any, bits: Any, at: Any, low: Any, high: Any, into: Any, to: Any) -> Any:
-    """How many of sixteen magnitudes lie below `low`, and how many from there up to `high`, which are put into `into`.
+def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    """The address of sixteen entries of an array from an index on."""
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer())
 
-    What comes behind them in `into`, as many as sixteen in all, is overwritten.
+
+def _everywhere(builder: Any, number: Any) -> Any:
+    first = builder.insert_element(_UNDEFINED, number, _LANE(0))
+    return builder.shuffle_vector(first, _UNDEFINED, ir.Constant(_VECTOR, [0] * LANES))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def flagged(context: Any, bits: Any, at: Any, low: Any, high: Any) -> Any:
+    """How many of sixteen magnitudes lie below `low`, how many from there up to `high`, and which, as bits.
 
     Args:
         bits: int32 [n], those of floats.
         at: the place of the first, at most n - 16.
         low: int32, bits of a magnitude.
         high: int32, bits of another.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def mask(flags: Any) -> Any:
+            return builder.bitcast(flags, ir.IntType(LANES))
+
+        found = builder.load(_place(context, builder, signature.args[0], args[0], args[1]), align=4)
+        magnitudes = builder.and_(found, ir.Constant(_VECTOR, [0x7FFFFFFF] * LANES))
+        below = builder.icmp_signed("<", magnitudes, _everywhere(builder, args[2]))
+        upto = builder.icmp_signed("<=", magnitudes, _everywhere(builder, args[3]))
+        inside = mask(builder.and_(upto, builder.not_(below)))
+        counts = [builder.zext(builder.ctpop(flags), ir.IntType(64)) for flags in (mask(below), inside)]
+        return context.make_tuple(builder, signature.return_type, [*counts, builder.zext(inside, ir.IntType(64))])
+
+    return types.UniTuple(types.int64, 3)(bits, types.int64, types.int32, types.int32), code
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def packed(context: Any, bits: Any, at: Any, which: Any, kept: Any, into: Any, to: Any) -> Any:
+    """Put those of sixteen entries that are wanted side by side; what comes behind them, up to sixteen, is overwritten.
+
+    Args:
+        bits: int32 [n].
+        at: the place of the first, at most n - 16.
+        which: those that are wanted, as bits.
+        kept: int32, the bits of each that stay.
         into: int32.
         to: the place of the first that is put there, at most the array's length - 16.
     """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def place(i: int, index: Any) -> Any:
-            data = context.make_array(signature.args[i])(context, builder, args[i]).data
-            return builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer())
-
-        def everywhere(number: Any) -> Any:
-            first = builder.insert_element(_UNDEFINED, number, _LANE(0))
-            return builder.shuffle_vector(first, _UNDEFINED, ir.Constant(_VECTOR, [0] * LANES))
-
-        def count(flags: Any) -> Any:
-            return builder.zext(builder.ctpop(builder.bitcast(flags, ir.IntType(LANES))), ir.IntType(64))
-
-        found = builder.load(place(0, args[1]), align=4)
-        magnitudes = builder.and_(found, ir.Constant(_VECTOR, [0x7FFFFFFF] * LANES))
-        below = builder.icmp_signed("<", magnitudes, everywhere(args[2]))
-        upto = builder.icmp_signed("<=", magnitudes, everywhere(args[3]))
-        inside = builder.and_(upto, builder.not_(below))
-        kind = ir.FunctionType(_VECTOR, [_VECTOR, inside.type, _VECTOR])
+        found = builder.load(_place(context, builder, signature.args[0], args[0], args[1]), align=4)
+        found = builder.and_(found, _everywhere(builder, args[3]))
+        flags = builder.bitcast(builder.trunc(args[2], ir.IntType(LANES)), ir.VectorType(ir.IntType(1), LANES))
+        kind = ir.FunctionType(_VECTOR, [_VECTOR, flags.type, _VECTOR])
         compress = cgutils.get_or_insert_function(builder.module, kind, _COMPRESS)
-        builder.store(builder.call(compress, [magnitudes, inside, _UNDEFINED]), place(4, args[5]), align=4)
-        return context.make_tuple(builder, signature.return_type, [count(below), count(inside)])
+        place = _place(context, builder, signature.args[4], args[4], args[5])
+        builder.store(builder.call(compress, [found, flags, _UNDEFINED]), place, align=4)
+        return context.get_dummy_value()
 
-    return types.UniTuple(types.int64, 2)(bits, types.int64, types.int32, types.int32, into, types.int64), code
+    return types.void(bits, types.int64, types.int64, types.int32, into, types.int64), code

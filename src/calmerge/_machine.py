@@ -125,8 +125,8 @@ def _code(text: str) -> bytes:
 @cache
 def _folder() -> Path | None:
     """Where numba keeps what it compiles of this module, if it found a place."""
-    place = compiled()(lambda: None).stats.cache_path
-    return None if place is None else Path(place)
+    looked: Any = compiled()(lambda: None)
+    return None if looked.stats.cache_path is None else Path(looked.stats.cache_path)
 
 
 def _target() -> Any:
@@ -237,11 +237,11 @@ def _program(
     loads: Sequence[Load], constants: Sequence[bool], steps: Sequence[Step], stores: Sequence[tuple[int, int]]
 ) -> str:
     """`play`, which reads strip after strip, and `strip`, the loop over the entries of one."""
-    sure = _numbers(loads, constants, steps)
+    sure = _sure(loads, constants, steps)
     return "\n".join([_READING, *_strip(loads, len(constants), steps, stores, sure), *_play(loads, constants, stores)])
 
 
-def _numbers(loads: Sequence[Load], constants: Sequence[bool], steps: Sequence[Step]) -> set[int]:
+def _sure(loads: Sequence[Load], constants: Sequence[bool], steps: Sequence[Step]) -> set[int]:
     """The values that are numbers for sure, and not NaN, wherever what was asked to be finite is."""
     first = len(loads)
     finite = {j for j, load in enumerate(loads) if load.op == LOAD_U8}

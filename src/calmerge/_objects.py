@@ -1,4 +1,4 @@
-"""Machine code that is kept on disk, beside what numba keeps: to compile a tape takes thirty times as long as to load it."""
+"""Machine code that is kept on disk, beside what numba keeps: to compile a tape takes thirty times as long as this."""
 
 import hashlib
 import os

@@ -10,8 +10,8 @@ many passes there are.
 
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from itertools import accumulate
-from types import ModuleType
+from itertools import accumulate, groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from calmerge._compiled import kernels
 from calmerge._passes import Fold
 from calmerge._random import uniform
 from calmerge._reader import Reader
-from calmerge._weights import ALL, Weights, row_size
+from calmerge._weights import ALL, Spec, Weights, row_size
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -43,7 +43,12 @@ class Bracket(NamedTuple):
 
 def usual_passes(weights: Weights, tasks: int) -> int:
     """How many passes `rank_rounds` makes as a rule."""
-    return 1 if weights.elementwise or weights.numel * tasks <= _GATHERED else 2
+    return 1 if weights.elementwise or fits(weights, tasks) else 2
+
+
+def fits(weights: Weights, tasks: int) -> bool:
+    """Whether so few magnitudes are all held, and none is sampled."""
+    return weights.numel * tasks <= _GATHERED
 
 
 def held_at_most(weights: Weights, tasks: int) -> int:
@@ -63,11 +68,11 @@ def rank_rounds(weights: Weights, tasks: int, ranks: Callable[[], Sequence[int]]
     k, numel = ranks(), weights.numel
     if not numel:
         return torch.zeros(tasks)
-    if numel * tasks <= _GATHERED:
+    if fits(weights, tasks):
         rows = yield from held(numel, tasks)
         return torch.tensor([nth(row, rank) for row, rank in zip(rows, k, strict=True)])
     everything = Bracket(0, _INFINITY, numel)
-    brackets = dict(enumerate(_sampled(weights, tasks, k) if weights.elementwise else [everything] * tasks))
+    brackets = dict(enumerate(sampled(weights, tasks, k) if weights.elementwise else [everything] * tasks))
     found = [float("nan")] * tasks
     while brackets:
         search = _Search(brackets, tasks)
@@ -100,18 +105,8 @@ class _Search:
 
     def part(self, block: Tensor, *_: object) -> dict[int, tuple[int, int, Array]]:
         """What one block has."""
-        loops = kernels()
-        if loops is not None:
-            bits = np.ascontiguousarray(_floats(block, self._tasks)).view(np.int32)
-            return {t: _bracketed(loops, bits[t], bracket) for t, bracket in self._brackets.items()}
-        sizes = magnitudes(block, self._tasks)
-        found = {}
-        for t, bracket in self._brackets.items():
-            row = sizes[t]
-            below, upto = row < _float(bracket.low), row <= _float(bracket.high)
-            inside = row[np.flatnonzero(below ^ upto)] if bracket.low < bracket.high else row[:0]
-            found[t] = int(np.count_nonzero(below)), int(np.count_nonzero(upto)), inside
-        return found
+        rows = np.ascontiguousarray(_floats(block, self._tasks))
+        return {t: within(rows[t], bracket) for t, bracket in self._brackets.items()}
 
     def add(self, so_far: dict[int, list[Any]] | None, part: dict[int, tuple[int, int, Array]]) -> dict[int, list[Any]]:
         """What the blocks so far have, with the entries inside as they are, or as counts of bins.
@@ -161,23 +156,46 @@ class _Bins:
         return Bracket(int(self._least[at]), int(self._most[at]), self._counts[at])
 
 
-def _bracketed(loops: ModuleType, bits: Array, bracket: Bracket) -> tuple[int, int, Array]:
-    inside = np.empty(len(bits) + loops.LANES, np.int32)
-    below, upto, count = loops.bracketed(bits, bracket.low, bracket.high, inside)
-    return below, upto, inside[: count if bracket.low < bracket.high else 0].view(np.float32).copy()
+def within(row: Array, bracket: Bracket) -> tuple[int, int, Array]:
+    """How many magnitudes lie below a bracket, how many up to its end, and those inside; none where they are equal.
+
+    Args:
+        row: float32 [n], in one piece.
+        bracket: where to look.
+
+    >>> low, high = (int(np.float32(x).view(np.int32)) for x in (1, 2))
+    >>> within(np.float32([0, -1, 2, 3]), Bracket(low, high, 2))
+    (1, 3, array([1., 2.], dtype=float32))
+    """
+    loops = kernels()
+    if loops is not None:
+        room = np.empty(len(row) + loops.LANES, np.int32)
+        below, upto, count = loops.bracketed(row.view(np.int32), bracket.low, bracket.high, room)
+        return below, upto, room[: count if bracket.low < bracket.high else 0].view(np.float32).copy()
+    size = np.abs(row)
+    less, most = size < _float(bracket.low), size <= _float(bracket.high)
+    inside = size[np.flatnonzero(less ^ most)] if bracket.low < bracket.high else size[:0]
+    return int(np.count_nonzero(less)), int(np.count_nonzero(most)), inside
 
 
-def _sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> list[Bracket]:
-    """Where the ranks lie, by a sample of blocks."""
+def sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> list[Bracket]:
+    """For each task the bracket in which its rank lies, by a sample of blocks."""
     reader, blocks = Reader([weights]), []  # what it compiles the pass to come finds
-    for name, first, n in _places(weights, max(_PROBE // max(1, tasks // 4), 1 << 9)):  # many tasks' blocks are large
-        spec, rows = weights.specs[name], ALL
-        if spec.shape:
-            most = min(spec.shape[0], -(-n // row_size(spec)))
-            start = min(first // row_size(spec), spec.shape[0] - most)
-            rows = slice(start, start + most)
-        blocks.append(magnitudes(reader.read(name, rows)[0], tasks)[:, :n].copy())
+    places = _places(weights, max(_PROBE // max(1, tasks // 4), 1 << 9))  # many tasks' blocks are large
+    for name, some in groupby(places, key=itemgetter(0)):
+        rows, most = zip(*(_rows(weights.specs[name], first, n) for _, first, n in some), strict=True)
+        for (_, (block,)), n in zip(reader.each(name, rows), most, strict=True):
+            blocks.append(magnitudes(block, tasks)[:, :n].copy())
     return [_bracket([block[t] for block in blocks], ranks[t], weights.numel) for t in range(tasks)]
+
+
+def _rows(spec: Spec, first: int, n: int) -> tuple[slice, int]:
+    """The rows of a tensor that hold `n` entries from the first one on, or as many before its end; and `n`."""
+    if not spec.shape:
+        return ALL, n
+    most = min(spec.shape[0], -(-n // row_size(spec)))
+    start = min(first // row_size(spec), spec.shape[0] - most)
+    return slice(start, start + most), n
 
 
 def _places(weights: Weights, probe: int) -> Iterator[tuple[str, int, int]]:
@@ -267,8 +285,8 @@ def nth(row: Array, rank: int) -> float:
         return float(np.partition(row, rank - 1)[rank - 1])
     few = np.sort(row[:: 1 + len(row) // _PROBE])
     guess = few[(rank - 1) * len(few) // len(row)]
-    some, spare = np.empty(len(row) + loops.LANES, np.int32), np.empty(loops.LANES, np.int32)
-    return float(_float(loops.nth(row.view(np.int32), rank, int(guess.view(np.int32)), some, spare)))
+    some = np.empty(len(row) + loops.LANES, np.int32)
+    return float(_float(loops.nth(row.view(np.int32), rank, int(guess.view(np.int32)), some)))
 
 
 def _float(bits: int) -> np.float32:

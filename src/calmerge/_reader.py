@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calmerge._compiled import usable
 from calmerge._watch import Array
-from calmerge._weights import ALL, Memo, Node, Number, Site, Weights, row_size, site_of, value_at
+from calmerge._weights import ALL, Memo, Node, Number, Site, Weights, joined, row_size, site_of, value_at
 
 if TYPE_CHECKING:
     from calmerge._tape import Tape
@@ -63,10 +63,9 @@ class Reader:
             for rows in blocks:
                 yield rows, self._by_torch(name, rows)
             return
-        few = [blocks[i : i + together] for i in range(0, len(blocks), together)]
-        blocks = [one[0] if len(one) == 1 else slice(one[0].start, one[-1].stop) for one in few]
         with tape.opened() as handles:
-            for rows in blocks:
+            for i in range(0, len(blocks), together):
+                rows = joined(blocks[i : i + together])
                 site = site_of(self._lead, name, rows)
                 found = tape.play(self._shape(name, rows), rows, site.offset, handles)
                 if found is None:

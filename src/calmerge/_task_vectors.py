@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from safetensors.torch import save_file
@@ -20,6 +20,9 @@ from calmerge._signature import raise_together
 from calmerge._tied import tied_names, without_doubles
 from calmerge._watch import finite
 from calmerge._weights import ALL, Computed, Gathered, Memo, Node, Spec, StateDict, Weights, digest, row_size
+
+if TYPE_CHECKING:
+    from calmerge._threshold import Cut
 
 _TASK = re.compile(r"\w[\w.-]*")
 Merge = Callable[["TaskVectors"], Weights]
@@ -36,9 +39,11 @@ class TaskVectors(Weights):
         experts: by task, all tensors of that expert under the base's names.
         heads: by task, the tensors which that expert has for itself, under the expert's own names.
         skipped: tensors of the base that are not merged, with the reason; all but tied ones are copied as they are.
+        cut: how they were trimmed, if nothing else was done to them since.
     """
 
     row_dim = 1
+    cut: "Cut | None" = None
 
     def __init__(
         self,

@@ -368,6 +368,15 @@ def blocks(weights: Weights, size: int = BLOCK) -> Iterator[tuple[str, slice]]:
                 yield name, slice(start, min(start + step, spec.shape[0]))
 
 
+def joined(rows: Sequence[slice]) -> slice:
+    """Blocks of rows that follow each other, as one.
+
+    >>> joined([slice(0, 2), slice(2, 3)])
+    slice(0, 3, None)
+    """
+    return rows[0] if len(rows) == 1 else slice(rows[0].start, rows[-1].stop)
+
+
 Stretch = list[tuple[str, list[slice]]]
 """Blocks that one thread works on: names of tensors, and rows of each."""
 
@@ -384,7 +393,7 @@ def stretches(weights: Weights, size: int = BLOCK, most: int = 8) -> Iterator[St
     for name, found in groupby(blocks(weights, size), key=itemgetter(0)):
         rows = [one for _, one in found]
         for i in range(0, len(rows), most):
-            n = sum(entries(weights, name, one) for one in rows[i : i + most])
+            n = entries(weights, name, joined(rows[i : i + most]))
             if batch and held + n > size:
                 yield batch
                 batch, held = [], 0

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from calmerge._measure import count, total
 from calmerge._task_vectors import TaskVectors
+from calmerge._threshold import whole_sum
 from calmerge._weights import Site, Weights
 from calmerge.pieces.blend import per_task, squares, summed
 
@@ -31,13 +32,17 @@ def elect(tvs: TaskVectors, *, by: Literal["mass", "normmass", "normfrac"] = "ma
     tensor([ 0.,  1., -1.])
     """
     if by == "mass":
-        signs = tvs.reduce(lambda tau, site: summed(tau).sign())
+        signs = tvs.reduce(lambda tau, site: _sign(tau))
     else:
         norms = total(tvs, squares)
         shares = tvs.transform(_shares, norms)
         choose = summed if by == "normmass" else _furthest
         signs = shares.reduce(lambda share, site: choose(share).sign())
-    majority = count(signs, _count)
+    if tvs.cut is not None and by == "mass":
+        threshold, kept = tvs.cut
+        majority = threshold.total(lambda tau, at: _sign(kept(tau, at)), signs)
+    else:
+        majority = count(signs, whole_sum)
 
     def settled(sign: Tensor, majority: Tensor, site: Site) -> Tensor:
         return (sign + majority.sign().to(sign) / 2).sign()  # the half decides only where there is no sign
@@ -45,9 +50,8 @@ def elect(tvs: TaskVectors, *, by: Literal["mass", "normmass", "normfrac"] = "ma
     return signs.map(settled, majority)
 
 
-def _count(signs: Tensor) -> Tensor:
-    """Their sum, which float32 holds exactly for as many as 2^24, and finds in a fraction of the time."""
-    return signs.sum(dtype=torch.float32 if signs.numel() <= 2**24 else torch.float64)
+def _sign(tau: Tensor) -> Tensor:
+    return summed(tau).sign()
 
 
 def _shares(tau: Tensor, norms: Tensor, site: Site) -> Tensor:

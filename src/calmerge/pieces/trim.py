@@ -5,10 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calmerge._measure import kth_magnitude
 from calmerge._signature import KeepFraction, check, raise_together
 from calmerge._task_vectors import TaskVectors
-from calmerge._weights import Site
+from calmerge._threshold import Cut, Threshold
 from calmerge.pieces.largest import keep_largest
 
 
@@ -50,15 +49,16 @@ def from_rank(tvs: TaskVectors, rank: int) -> TaskVectors:
     tensor([[3., 0., 2.]])
     """
 
-    def kept(tau: Tensor, below: Tensor, site: Site) -> Tensor:
-        trimmed = torch.empty_like(tau)
-        for t, cut in enumerate(below.tolist()):
-            torch.hardshrink(tau[t], cut, out=trimmed[t])  # 0 where |tau| <= cut
-        return trimmed
-
-    return tvs.transform(kept, kth_magnitude(tvs, rank).map(_next_below))
+    threshold = Threshold(tvs, rank)
+    trimmed = tvs.transform(lambda tau, at, site: _kept(tau, at), threshold)
+    trimmed.cut = Cut(threshold, _kept)
+    return trimmed
 
 
-def _next_below(threshold: Tensor) -> Tensor:
-    """The largest float32 under the threshold: what is not above it goes. Under 0 there is a negative one: nothing."""
-    return torch.nextafter(threshold, torch.full_like(threshold, -torch.inf))
+def _kept(tau: Tensor, threshold: Tensor) -> Tensor:
+    # what is not above the largest float32 under the threshold goes; under 0 that is a negative one, and nothing does
+    below = torch.nextafter(threshold, torch.full_like(threshold, -torch.inf))
+    trimmed = torch.empty_like(tau)
+    for t, cut in enumerate(below.tolist()):
+        torch.hardshrink(tau[t], cut, out=trimmed[t])  # 0 where |tau| <= cut
+    return trimmed
