@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calmerge._errors import CheckpointError, MissingExtra, did_you_mean
+from calmerge._handles import handle_of
 from calmerge._hash import hash_of
 from calmerge._header import Entry, read_header
 from calmerge._shards import check_index, read_index, shard_files
@@ -105,23 +106,21 @@ class Checkpoint(Weights):
             CheckpointError: the file was cut short, replaced or taken away since its header was read.
         """
         file = self.files[number]
-        handle = self.open(number)
-        try:
-            while rest:
-                got = os.preadv(handle, [rest], at)
-                if not got:
-                    raise CheckpointError(f"{file}: was cut short while it was in use. {_AGAIN}")
-                rest, at = rest[got:], at + got
-        except OSError as e:
-            raise CheckpointError(f"{file}: cannot be read any more ({e.strerror}). {_AGAIN}") from None
-        finally:
-            os.close(handle)
+        with handle_of((id(self), number), lambda: self.open(number)) as handle:
+            try:
+                while rest:
+                    got = os.preadv(handle, [rest], at)
+                    if not got:
+                        raise CheckpointError(f"{file}: was cut short while it was in use. {_AGAIN}")
+                    rest, at = rest[got:], at + got
+            except OSError as e:
+                raise CheckpointError(f"{file}: cannot be read any more ({e.strerror}). {_AGAIN}") from None
 
     def open(self, number: int) -> int:
         """The file of that number, opened for reading and to be closed soon.
 
-        That it is still the same is asked each time, so that no two states of it are mixed. It is not kept open:
-        experts may have more shards than a process may have files.
+        That it is still the same is asked each time, so that no two states of it are mixed. It is not kept open for
+        longer than a stretch of tensors takes: experts may have more shards than a process may have files.
 
         Raises:
             CheckpointError: it was replaced or taken away since its header was read.

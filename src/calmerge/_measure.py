@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calmerge._compiled import usable
+from calmerge._handles import kept_open
 from calmerge._passes import Fold as Fold
 from calmerge._passes import Pass as Pass
 from calmerge._passes import Spread, added, run_passes
@@ -241,6 +242,7 @@ def settle(nodes: Iterable[Node], *, threads: int | None = None, run: Run | None
                         bar.advance(done)
 
 
+@kept_open()
 def _in_turn(groups: Sequence[Sequence[Measure]], *, taping: bool, kept: Tapes) -> int:
     for group in groups:
         _side_by_side(group, map, Run(), taping=taping, kept=kept)

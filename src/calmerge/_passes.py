@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from calmerge._handles import kept_open
 from calmerge._reader import Reader, Tapes
 from calmerge._run import Run
 from calmerge._weights import Node, Stretch, Weights, entries, site_of, stretches
@@ -72,6 +73,7 @@ def run_passes(
     together = TOGETHER if all(isinstance(one, Fold) for _, one in work) else 1
     reader = Reader([node for nodes, _ in work for node in nodes], taping=taping, kept=kept)
 
+    @kept_open()
     def parts(stretch: Stretch) -> tuple[int, list[list[Any]]]:
         n, found = 0, []
         for name, blocks in stretch:

@@ -17,6 +17,7 @@ from calmerge._lora import Adapted
 from calmerge._measure import Measure, stages
 from calmerge._memory import private_memory
 from calmerge._passes import TOGETHER
+from calmerge._reader import HELD
 from calmerge._size import bytes_of, shown
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import BLOCK, Computed, Gathered, Node, Weights, blocks, entries
@@ -170,6 +171,9 @@ def _block_sizes(nodes: Iterable[Node], grid: Weights, chunk: int) -> list[int]:
     counts = Counter((name, entries(grid, name, rows)) for name, rows in blocks(grid, chunk))
     if grid.elementwise:
         most = max((held.bytes(*block) for block in counts), default=0)
+        if usable(grid.numel):  # a tape is handed several blocks as one
+            n = min(HELD * chunk, max(spec.numel for spec in grid.specs.values()))
+            most = max(most, held.bytes_of_a_call(n))
         return [most] * min(_MOST_THREADS, counts.total())
     found = [size for block, n in counts.items() for size in [held.bytes(*block)] * min(n, _MOST_THREADS)]
     return sorted(found, reverse=True)[:_MOST_THREADS]
@@ -188,7 +192,7 @@ class _Held:
         self._seen: set[int] = set()
         self._always: list[tuple[int, int]] = []
         self._of = defaultdict[str, list[tuple[int, int]]](list)  # by tensor
-        self._width = 1
+        self._width = self._call = 1
         for node in nodes:
             self._visit(node, outer=True)
 
@@ -196,8 +200,14 @@ class _Held:
         """For a block of `n` entries."""
         parts = [*self._always, *self._of[name]]
         copies = sum(kept for kept, _ in parts) + max(passing for _, passing in parts)
-        slack = 2 if n * _FLOAT * self._width <= _KEPT else 1
-        return copies * n * _FLOAT * slack
+        return copies * n * _FLOAT * self._slack(n)
+
+    def bytes_of_a_call(self, n: int) -> int:
+        """For a block of `n` entries, where one function's inputs, its own, and what it returns are held at a time."""
+        return self._call * n * _FLOAT * self._slack(n)
+
+    def _slack(self, n: int) -> int:
+        return 2 if n * _FLOAT * self._width <= _KEPT else 1
 
     def _visit(self, node: Node, outer: bool) -> None:
         """A node's float32 copies of a block: what it keeps until the block is done, and what comes and goes."""
@@ -208,6 +218,7 @@ class _Held:
         if isinstance(node, Weights):
             if isinstance(node, Computed):
                 found = _width(node), into + 2 if node.copies is None else node.copies
+                self._call = max(self._call, into + sum(found))
             else:  # task vectors hand on what they are given
                 found = (0, 0) if isinstance(node, TaskVectors) else (_width(node), _ADDING)
             for name in _common(node.specs, self._names):

@@ -20,6 +20,8 @@ Tapes = dict[Hashable, "tuple[Tape | None, Sequence[Node]]"]
 """By the way a tensor comes about, its tape; and nodes that must live on for as long as others are told by them."""
 
 _PROBE = 256  # entries of the rows that a tape is recorded on, at least
+HELD = 4
+"""Blocks of a tape whose inputs are computed that come as one at most: more take more memory, and hardly less time."""
 _LONG = 2**15  # entries of a tensor from which on a tape pays
 
 
@@ -56,13 +58,14 @@ class Reader:
         Args:
             name: of the tensor.
             blocks: rows that follow each other.
-            together: how many may come as one where that is quicker.
+            together: how many may come as one where that is quicker; of a tape that computes inputs first, four.
         """
         tape = self._tape(name)
         if tape is None:
             for rows in blocks:
                 yield rows, self._by_torch(name, rows)
             return
+        together = together if tape.streams else min(together, HELD)
         with tape.opened() as handles:
             for i in range(0, len(blocks), together):
                 rows = joined(blocks[i : i + together])

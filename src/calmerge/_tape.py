@@ -94,6 +94,11 @@ class Tape:
     def __post_init__(self) -> None:
         self._numbers_at = self.constants.ctypes.data
 
+    @property
+    def streams(self) -> bool:
+        """Whether nothing that is loaded has to be computed first, so that little is held, whatever the block."""
+        return not any(one.made for one in self.inputs)
+
     def of(self, name: str) -> "Tape":
         """The tape of another tensor that is treated alike."""
         inputs = [one._replace(fill=one.fill.of(name)) for one in self.inputs]

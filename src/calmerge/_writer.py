@@ -15,6 +15,7 @@ from torch import Tensor
 
 from calmerge._compiled import usable
 from calmerge._folder import Journal
+from calmerge._handles import kept_open
 from calmerge._hash import Growing, hash_of
 from calmerge._measure import ahead, pending, settle, workers, worthwhile
 from calmerge._reader import Reader, Tapes
@@ -246,6 +247,7 @@ def _write_files(
         hashing = [Growing(handle) for handle in handles]
         reader = Reader(list(chosen.values()), taping=usable(weights.numel), kept=kept)
 
+        @kept_open()
         def place(stretch: Stretch) -> int:
             size = 0
             for name, blocks in stretch:

@@ -10,7 +10,7 @@ from torch import Tensor
 from calmerge._compiled import kernels
 from calmerge._flags import Flags
 from calmerge._measure import Fold, Measure, Pass, PerTensor, count, kth_magnitude
-from calmerge._rank import held, magnitudes, nth
+from calmerge._rank import Bracket, held, magnitudes, nth, within
 from calmerge._task_vectors import Stacked, TaskVectors
 from calmerge._watch import recording
 from calmerge._weights import Computed, Site, Weights
@@ -152,8 +152,11 @@ def _at_once(n: int, tasks: int, counts: Sequence[int] | float) -> Generator[Pas
             continue
         at, limit = nth(row, n - k + 1), 1 << 32
         if at > 0:
-            keys, left = _spread(np.flatnonzero(row == at)), k - int(np.count_nonzero(row > at))
-            if left < len(keys):
+            bits = int(np.float32(at).view(np.int32))
+            below, upto, _ = within(row, Bracket(bits, bits, 1))
+            left = k - (n - upto)
+            if left < upto - below:
+                keys = _spread(np.flatnonzero(row == at))
                 limit = int(np.partition(keys, left - 1)[left - 1])
         cuts.append((at, limit))
     return torch.tensor(cuts, dtype=torch.float64).T.contiguous()
