@@ -33,6 +33,20 @@ def test_compiled_loops_give_the_bits_of_numpy(n: int, monkeypatch: pytest.Monke
     assert [found.tolist() for found in compiled] == [row_sums(rows(n)).tolist(), row_products(rows(n)).tolist()]
 
 
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_rows_that_lie_apart_give_the_same_bits(n: int, tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    from calmerge import _kernels
+
+    monkeypatch.setattr(_dot, "kernels", lambda: _kernels)
+    apart = rows(n + 7, tasks)[:, 3 : n + 3]
+    near = np.ascontiguousarray(apart)
+    assert row_sums(apart).tolist() == row_sums(near).tolist()
+    assert row_products(apart).tolist() == row_products(near).tolist()
+    assert row_sums(near.T.copy().T).tolist() == row_sums(near).tolist()  # column by column
+
+
 def test_inner_products_are_those_of_all_pairs() -> None:
     x = rows(1000)
     assert row_products(x) == pytest.approx(x.astype(np.float64) @ x.astype(np.float64).T)

@@ -200,3 +200,16 @@ def test_a_factor_whose_elements_share_a_place_has_them_side_by_side(taken: list
     found = read(weights)
     assert taken == ["a"]
     assert all(torch.equal(found[name], weights[name]) for name in found)
+
+
+def test_blocks_that_were_read_together_are_cut_as_they_were_asked_for() -> None:
+    tvs = task_vectors({"a": torch.zeros(400, 128)}, {t: {"a": uniform((400, 128), t)} for t in "xy"})
+    number = total(StateDict(ALIKE), torch.sum)
+    settle([number])
+    reader = Reader([tvs, number], taping=True)
+    blocks = [slice(i, min(i + 70, 400)) for i in range(0, 400, 70)]
+    found = list(reader.cut(reader.each("a", blocks, together=4), blocks))
+    assert [rows for rows, _ in found] == blocks
+    for rows, (tau, value) in found:
+        assert torch.equal(tau, tvs.read("a", rows))
+        assert value is number.value()

@@ -30,7 +30,7 @@ def row_sums(rows: Array) -> Array:
     lanes = np.zeros((len(rows), SUM_LANES))
     loops = kernels()
     if loops is not None and rows.dtype == np.float32:
-        loops.row_lanes(np.ascontiguousarray(rows), lanes)
+        loops.row_lanes(*_flat(rows), lanes)
     else:
         for row, into in zip(rows, lanes, strict=True):
             _into_lanes(row.astype(np.float64), into)
@@ -50,7 +50,7 @@ def row_products(rows: Array) -> Array:
     lanes = np.zeros((len(rows), len(rows), SUM_LANES))
     loops = kernels()
     if loops is not None and rows.dtype == np.float32:
-        loops.pair_lanes(np.ascontiguousarray(rows), lanes)
+        loops.pair_lanes(*_flat(rows), lanes)
     else:
         wide = rows.astype(np.float64)
         for i in range(len(rows)):
@@ -58,6 +58,16 @@ def row_products(rows: Array) -> Array:
                 _into_lanes(wide[i] * wide[j], lanes[i, j])
     found = lanes.sum(2)
     return found + np.tril(found, -1).T  # type: ignore[no-any-return]
+
+
+def _flat(rows: Array) -> tuple[Array, int, int]:
+    """Rows that may lie apart, as one array from the first entry to the last; the step between rows; their length."""
+    count, n = rows.shape
+    if n and (rows.strides[1] != rows.itemsize or (count > 1 and rows.strides[0] < n * rows.itemsize)):
+        rows = np.ascontiguousarray(rows)
+    step = rows.strides[0] // rows.itemsize if count > 1 else n
+    size = (count - 1) * step + n if count else 0
+    return np.lib.stride_tricks.as_strided(rows, (size,), (rows.itemsize,), writeable=False), step, n
 
 
 def _into_lanes(row: Array, lanes: Array) -> None:

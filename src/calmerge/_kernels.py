@@ -356,17 +356,18 @@ def pruned(
 
 
 @compiled()
-def row_lanes(rows: Array, lanes: Array) -> None:
+def row_lanes(flat: Array, step: int, n: int, lanes: Array) -> None:
     """Add every entry of each row to the lane of its place.
 
     Args:
-        rows: float32 [T, n].
+        flat: float32, in which T rows lie.
+        step: from the first entry of a row to that of the next.
+        n: entries of a row.
         lanes: float64 [T, 64].
     """
-    n = rows.shape[1]
     whole = n - n % SUM_LANES
-    for t in range(rows.shape[0]):
-        row, into = rows[t], lanes[t]
+    for t in range(lanes.shape[0]):
+        row, into = flat[t * step : t * step + n], lanes[t]
         for first in range(0, whole, SUM_LANES):
             for lane in range(SUM_LANES):
                 into[lane] += np.float64(row[first + lane])
@@ -375,18 +376,21 @@ def row_lanes(rows: Array, lanes: Array) -> None:
 
 
 @compiled()
-def pair_lanes(rows: Array, lanes: Array) -> None:
+def pair_lanes(flat: Array, step: int, n: int, lanes: Array) -> None:
     """Add the products of every two rows, the second not behind the first, to the lanes of their places.
 
     Args:
-        rows: float32 [T, n].
+        flat: float32, in which T rows lie.
+        step: from the first entry of a row to that of the next.
+        n: entries of a row.
         lanes: float64 [T, T, 64].
     """
-    n = rows.shape[1]
     for start in range(0, n, _STRIP):
-        for i in range(rows.shape[0]):
+        size = min(_STRIP, n - start)
+        for i in range(lanes.shape[0]):
+            x = flat[i * step + start : i * step + start + size]
             for j in range(i + 1):
-                _paired(rows[i, start : start + _STRIP], rows[j, start : start + _STRIP], lanes[i, j])
+                _paired(x, flat[j * step + start : j * step + start + size], lanes[i, j])
 
 
 @compiled()

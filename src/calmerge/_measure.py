@@ -93,7 +93,8 @@ def total(weights: Weights, fn: Callable[[Tensor], Tensor]) -> Measure:
 
     Args:
         weights: any weights; task vectors hand `fn` blocks of shape [T, rows, ...].
-        fn: from one block to a tensor of sums, of the same shape for every block.
+        fn: from one block to a tensor of sums, of the same shape for every block. A task's entries lie together, but
+            tasks may lie apart; what is rounded must not depend on that (see `_dot`).
 
     >>> from calmerge import StateDict
     >>> total(StateDict({"a": torch.tensor([3.0, 4.0])}), lambda w: w.double().sum()).value()

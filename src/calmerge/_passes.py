@@ -70,14 +70,15 @@ def run_passes(
     inputs = [n for nodes, _ in work for n in nodes if isinstance(n, Weights)]
     weights = next((w for w in inputs if not w.elementwise), inputs[0])
     folds = [one if isinstance(one, Fold) else Fold(one, added) for _, one in work]
-    together = TOGETHER if all(isinstance(one, Fold) for _, one in work) else 1
+    by_block = any(not isinstance(one, Fold) for _, one in work)  # rounded sums depend on it
     reader = Reader([node for nodes, _ in work for node in nodes], taping=taping, kept=kept)
 
     @kept_open()
     def parts(stretch: Stretch) -> tuple[int, list[list[Any]]]:
         n, found = 0, []
         for name, blocks in stretch:
-            for rows, tensors in reader.each(name, blocks, together=together):  # in order: rounded sums depend on it
+            some = reader.each(name, blocks, together=TOGETHER)
+            for rows, tensors in reader.cut(some, blocks) if by_block else some:
                 site, values = site_of(weights, name, rows), iter(tensors)
                 n += entries(weights, name, rows)
                 found.append([

@@ -1,7 +1,8 @@
 """Blocks of lazy weights: by a tape where there is one, by torch otherwise; the same to the bit."""
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,27 @@ class Reader:
                 else:
                     planes = iter(found)
                     yield rows, [next(planes) if isinstance(n, Weights) else _number(n, site) for n in self._nodes]
+
+    def cut(
+        self, read: Iterable[tuple[slice, list[Tensor]]], blocks: Sequence[slice]
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Every block alone, as views, of what `each` read of several together."""
+        dims = [getattr(node, "row_dim", 0) if isinstance(node, Weights) else None for node in self._nodes]
+        left = deque(blocks)
+        for rows, tensors in read:
+            if rows == left[0]:
+                yield left.popleft(), tensors
+                continue
+            while left and left[0].start < rows.stop:
+                block = left.popleft()
+                some = slice(block.start - rows.start, block.stop - rows.start)
+                yield (
+                    block,
+                    [
+                        x if dim is None else x[(slice(None),) * dim + (some,)]
+                        for x, dim in zip(tensors, dims, strict=True)
+                    ],
+                )
 
     def _by_torch(self, name: str, rows: slice) -> list[Tensor]:
         site, memo = site_of(self._lead, name, rows), Memo()
