@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from calmerge import CheckpointError, MissingExtra, StateDict, open_checkpoint
 from calmerge._checkpoint import Checkpoint
 from calmerge._hash import hash_of
+from calmerge._tied import tied_names
 
 TENSORS = {
     "w": torch.arange(12.0).reshape(4, 3),
@@ -70,6 +72,42 @@ def test_pickled_tensors_are_opened(name: str, tmp_path: Path) -> None:
 def test_a_training_checkpoint_s_state_dict_is_found(tmp_path: Path) -> None:
     torch.save({"state_dict": TENSORS}, tmp_path / "last.pt")
     assert same(open_checkpoint(tmp_path / "last.pt"))
+
+
+def test_pickled_tensors_are_read_from_their_place_by_rows(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).reshape(6, 4)
+    torch.save({"w": whole, "some": whole[2:4], "tied": whole, "h": whole.half()}, tmp_path / "model.pt")
+    opened = open_checkpoint(tmp_path / "model.pt")
+    assert isinstance(opened, Checkpoint)
+    assert opened.read("w", slice(1, 3)).tolist() == whole[1:3].tolist()
+    assert opened["some"].tolist() == whole[2:4].tolist()
+    assert opened["h"].dtype == torch.float16
+    assert tied_names(opened) == {"tied": "w"}
+    assert opened.hashes == {"model.pt": hash_of(tmp_path / "model.pt")}
+    os.truncate(tmp_path / "model.pt", 200)
+    with pytest.raises(CheckpointError, match=r"model\.pt: was changed while it was in use"):
+        opened.read("w")
+
+
+@pytest.mark.parametrize("what", ["turned", "packed", "of another order of bytes"])
+def test_pickled_tensors_that_do_not_lie_as_in_memory_are_loaded(what: str, tmp_path: Path) -> None:
+    w = torch.arange(6.0).reshape(2, 3)
+    file, again = tmp_path / "model.pt", tmp_path / "again.pt"
+    torch.save({"w": w.T.contiguous().T if what == "turned" else w}, file)
+    if what != "turned":
+        kind = zipfile.ZIP_DEFLATED if what == "packed" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(file) as old, zipfile.ZipFile(again, "w", kind) as new:
+            for name in old.namelist():
+                content = old.read(name)
+                if what != "packed" and name.endswith("byteorder"):
+                    content = b"big"
+                if what != "packed" and name.endswith("data/0"):
+                    content = w.numpy().byteswap().tobytes()
+                new.writestr(name, content)
+        file = again
+    opened = open_checkpoint(file)
+    assert not isinstance(opened, Checkpoint)
+    assert opened["w"].tolist() == w.tolist()
 
 
 def test_mappings_modules_and_weights_are_opened() -> None:

@@ -1,11 +1,9 @@
 """Opening checkpoints: headers at once, tensors when they are asked for."""
 
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from calmerge._errors import CheckpointError, MissingExtra, did_you_mean
 from calmerge._handles import handle_of
 from calmerge._hash import hash_of
 from calmerge._header import Entry, read_header
+from calmerge._pickled import SUFFIXES, load_pickled, pickled_entries
 from calmerge._shards import check_index, read_index, shard_files
 from calmerge._watch import Array, Stored, leaf
 from calmerge._weights import ALL, Memo, Node, Spec, StateDict, Weights
@@ -28,28 +27,34 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _AGAIN = "Nothing of it can be trusted; start again once it is whole."
 _NO_WEIGHTS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt"}  # of a trainer
 
 
 class Checkpoint(Weights):
-    """Tensors in safetensors files: headers are read on opening, data when asked for.
+    """Tensors in files: headers are read on opening, data when asked for.
 
     Args:
         files: the files, in order; a name may stand in one of them only.
         label: what error messages and reports call it.
         folder: where its side files (config, tokenizer) are; None for a single file.
+        pickled: of files that are not safetensors, where the tensors of each lie.
 
     Attributes:
         entries: by name, the number of the tensor's file in `files`, and where in it the tensor lies.
         foreign: by name, the stored type of tensors that torch has no type for (`F4`); they are not in `specs`.
     """
 
-    def __init__(self, files: list[Path], *, label: str, folder: Path | None = None) -> None:
+    def __init__(
+        self, files: list[Path], *, label: str, folder: Path | None = None,
+        pickled: Sequence[Mapping[str, Entry]] | None = None,
+    ) -> None:  # fmt: skip
         self.files, self.label, self.folder = files, label, folder
         self.entries: dict[str, tuple[int, Entry]] = {}
         for number, file in enumerate(files):
-            for name, entry in read_header(file).tensors.items():
+            held = read_header(file).tensors if pickled is None else pickled[number]
+            for name, entry in held.items():
                 if name in self.entries:
                     first = files[self.entries[name][0]].name
                     raise CheckpointError(
@@ -189,7 +194,7 @@ def open_checkpoint(source: Source, *, revision: str | None = None) -> Weights:
     Args:
         source: a safetensors file; a folder with `model.safetensors`, with shards and their index, or with one
             safetensors file; a PEFT folder (its adapter, which needs a base: see `adapted`); a `.pt` or `.bin` file of
-            plain tensors (loaded with `weights_only=True`, so no pickled code runs); a hub id such as
+            plain tensors (unpickled with `weights_only=True`, so no pickled code runs); a hub id such as
             `google/vit-base`, also as `id@revision`; a mapping of tensors; a module.
         revision: branch, tag or commit of a hub id.
 
@@ -296,9 +301,16 @@ def _open_pickled_folder(folder: Path, label: str) -> Checkpoint | StateDict:
     index = folder / "pytorch_model.bin.index.json"
     if index.is_file():
         weight_map = read_index(index)
-        parts = {file.name: _load_tensors(file) for file in shard_files(index, weight_map)}
-        check_index(index, weight_map, parts)
-        return _from_mapping({name: parts[file][name] for name, file in weight_map.items()})
+        shards = shard_files(index, weight_map)
+        lying = [entries for file in shards if (entries := pickled_entries(file, _NAMES)) is not None]
+        if len(lying) < len(shards):
+            parts = {file.name: load_pickled(file) for file in shards}
+            check_index(index, weight_map, parts)
+            return _from_mapping({name: parts[file][name] for name, file in weight_map.items()})
+        held = {file.name: entries for file, entries in zip(shards, lying, strict=True)}
+        check_index(index, weight_map, held)
+        named = [{n: e for n, e in held[f.name].items() if weight_map.get(n) == f.name} for f in shards]
+        return Checkpoint(shards, label=label, pickled=named)
     if (folder / "pytorch_model.bin").is_file():
         return _open_file(folder / "pytorch_model.bin", label)
     for pattern in ("*.bin", "*.pt"):
@@ -329,25 +341,10 @@ def _open_adapter(folder: Path, label: str) -> Weights:
 
 
 def _open_file(path: Path, label: str) -> Checkpoint | StateDict:
-    if path.suffix not in {".pt", ".pth", ".bin"}:
+    if path.suffix not in SUFFIXES:
         return Checkpoint([path], label=label)
-    return _from_mapping(_load_tensors(path))
-
-
-def _load_tensors(path: Path) -> dict[str, Any]:
-    """What a pickle of plain tensors holds; one that asks for anything else is refused, not run."""
-    try:
-        mapped = zipfile.is_zipfile(path)  # the format that torch.save has had since 1.6 can be mapped, the older not
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as e:
-        raise CheckpointError(
-            f"{path}: cannot be loaded as plain tensors ({(str(e).splitlines() or [type(e).__name__])[0]}). "
-            "Pickles that run code are refused; save the state dict as safetensors."
-        ) from None
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, expected a mapping of tensors.")
-    return loaded
+    entries = pickled_entries(path, _NAMES)
+    return _from_mapping(load_pickled(path)) if entries is None else Checkpoint([path], label=label, pickled=[entries])
 
 
 def _is_hub_id(source: str) -> bool:

@@ -1,6 +1,7 @@
 """Tensors that a model holds under two names, as input and output embeddings often are: counted and written once."""
 
 import json
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -18,17 +19,17 @@ _OUTPUTS = (
 def tied_names(weights: Weights) -> dict[str, str]:
     """By name of a tensor that is another one's double, the name of the one that is kept.
 
-    Tensors in memory are tied where they share storage: the first name is kept. Those in files are where `config.json`
-    says `tie_word_embeddings` and both embeddings are stored: the input's is kept, as `save_pretrained` does.
+    Tensors in memory, and those of files that `torch.save` wrote, are tied where they share storage: the first name is
+    kept. Others in files are where `config.json` says `tie_word_embeddings` and both embeddings are stored: the
+    input's is kept, as `save_pretrained` does.
 
     >>> embedding = torch.ones(2, 3)
     >>> tied_names(StateDict({"embed.weight": embedding, "lm_head.weight": embedding, "w": torch.ones(2, 3)}))
     {'lm_head.weight': 'embed.weight'}
     """
-    if isinstance(weights, StateDict):
-        found = _sharing(weights)
-        if found:
-            return found
+    found = _sharing(weights)
+    if found:
+        return found
     return _by_config(weights) if isinstance(weights, StateDict | Checkpoint) else {}
 
 
@@ -48,16 +49,26 @@ def without_doubles(weights: Weights, base: Weights | None = None) -> Weights:
     return weights.only_names([name for name in weights.specs if name not in doubles]) if doubles else weights
 
 
-def _sharing(weights: StateDict) -> dict[str, str]:
-    first: dict[Any, str] = {}
+def _sharing(weights: Weights) -> dict[str, str]:
+    first: dict[Hashable, str] = {}
     doubles = {}
     for name in weights.specs:
-        tensor = weights.read(name)
-        if tensor.numel() and tensor.device.type != "meta":
-            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if first.setdefault(key, name) != name:
-                doubles[name] = first[key]
+        place = _place(weights, name)
+        if place is not None and first.setdefault(place, name) != name:
+            doubles[name] = first[place]
     return doubles
+
+
+def _place(weights: Weights, name: str) -> Hashable | None:
+    """What two tensors with the same entries in the same place have in common; None where that is not known."""
+    if not weights.specs[name].numel:
+        return None
+    if isinstance(weights, Checkpoint):
+        return weights.entries[name]
+    if not isinstance(weights, StateDict):
+        return None
+    tensor = weights.read(name)
+    return None if tensor.is_meta else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def _by_config(weights: Weights) -> dict[str, str]:
@@ -80,7 +91,9 @@ def _differ(weights: Weights, double: str, kept: str) -> bool:
     """Whether an expert has two tensors where its base has one."""
     if weights.specs[double] != weights.specs[kept]:
         return True
-    if isinstance(weights, StateDict):
+    if _place(weights, double) is not None and _place(weights, double) == _place(weights, kept):
+        return False
+    if isinstance(weights, StateDict) or weights.folder is None:
         return not torch.equal(weights.read(double), weights.read(kept))
     return _config(weights).get("tie_word_embeddings") is False
 
