@@ -1,5 +1,6 @@
 """Threads that work on blocks."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -26,3 +27,16 @@ def test_threads_that_are_opened_meanwhile_leave_the_others_with_one_torch_threa
         assert "mkl_get_max_threads() : 2" not in torch.__config__.parallel_info()
         assert outer.submit(torch.get_num_threads).result() == 1
     assert torch.get_num_threads() == 2
+
+
+def test_garbage_is_collected_as_before_when_the_last_pool_is_closed() -> None:
+    before = gc.get_threshold()
+    first, second = workers(1), workers(1)
+    first.__enter__()
+    second.__enter__()
+    assert gc.get_threshold()[:2] == before[:2]
+    assert gc.get_threshold()[2] == 2**30
+    first.__exit__(None, None, None)  # before the one that was opened later
+    assert gc.get_threshold()[2] == 2**30
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == before

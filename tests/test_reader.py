@@ -213,3 +213,12 @@ def test_blocks_that_were_read_together_are_cut_as_they_were_asked_for() -> None
     for rows, (tau, value) in found:
         assert torch.equal(tau, tvs.read("a", rows))
         assert value is number.value()
+
+
+@pytest.mark.parametrize("width", [127, 128, 129])
+def test_flags_lie_where_the_machine_reads_them_whatever_their_number(width: int, taken: list[str]) -> None:
+    tvs = task_vectors({"a": torch.zeros(400, width)}, {t: {"a": uniform((400, width), t)} for t in "xyz"})
+    thinned = drop(tvs, [0.5, 0.3, 0.1], seed=0).reduce(lambda tau, site: tau.amax(0))
+    rows = slice(11, 16)
+    assert torch.equal(Reader([thinned]).read("a", rows)[0], thinned.read("a", rows))
+    assert taken == ["a"]

@@ -7,6 +7,7 @@ the most part, so that they can travel; `part` needs the lazy weights, which are
 
 import gc
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,6 +128,32 @@ def worthwhile(threads: int, entries: int, tensors: int) -> int:
     return threads if entries >= _TINY * tensors else 1
 
 
+class _YoungGarbageAlone:
+    """In it Python does not look for garbage among all that imports made, which takes a tenth of a second.
+
+    That is a setting of the process: the first that enters changes it, the last that leaves puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._usual = threading.Lock(), 0, gc.get_threshold()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._usual = gc.get_threshold()
+                gc.set_threshold(*self._usual[:2], 2**30)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                gc.set_threshold(*self._usual)
+
+
+_YOUNG_GARBAGE_ALONE = _YoungGarbageAlone()
+
+
 @contextmanager
 def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Threads that compute with one torch thread each: blocks are the parallelism.
@@ -140,14 +167,14 @@ def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    often = gc.get_threshold()
-    gc.set_threshold(*often[:2], 2**30)  # to look for garbage among all that imports made takes a tenth of a second
     # glibc gives freed blocks back to the system, which clears them anew each time (a third of a merge's time), unless
     # they are smaller than the largest one it was ever seen to free, up to 32 MB: so it is shown one
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with (
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+            _YOUNG_GARBAGE_ALONE,
+        ):
             yield pool
     finally:
         torch.set_num_threads(before)
-        gc.set_threshold(*often)

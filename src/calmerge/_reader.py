@@ -90,14 +90,8 @@ class Reader:
                 continue
             while left and left[0].start < rows.stop:
                 block = left.popleft()
-                some = slice(block.start - rows.start, block.stop - rows.start)
-                yield (
-                    block,
-                    [
-                        x if dim is None else x[(slice(None),) * dim + (some,)]
-                        for x, dim in zip(tensors, dims, strict=True)
-                    ],
-                )
+                some, pairs = slice(block.start - rows.start, block.stop - rows.start), zip(tensors, dims, strict=True)
+                yield block, [x if dim is None else x[(slice(None),) * dim + (some,)] for x, dim in pairs]
 
     def _by_torch(self, name: str, rows: slice) -> list[Tensor]:
         site, memo = site_of(self._lead, name, rows), Memo()

@@ -132,7 +132,7 @@ class Tape:
                 if isinstance(one.fill, Stored):
                     firsts.append(one.fill.first(rows))
                 else:
-                    made.append(one.fill(rows, offset, room[start : layout.starts[i + 1]]))
+                    made.append(one.fill(rows, offset, room[start : start + (0 if one.made else one.size(n))]))
                     places[i] = made[-1].ctypes.data
             out = np.empty(layout.ends[-1], np.uint8)
             to = out.ctypes.data
