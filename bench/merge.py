@@ -383,7 +383,7 @@ def _worker(job: Mapping[str, Any]) -> dict[str, Any]:
     else:
         base, *experts = job["inputs"]
         tvs = calmerge.task_vectors(base, {Path(e).name: e for e in experts})
-        if _compiled.usable(tvs.numel):
+        if _compiled.usable(tvs.numel, len(tvs.tasks)):
             exec(NUMBA)  # which belongs to the start-up
 
         def merge(out: Path) -> object:

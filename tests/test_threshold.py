@@ -112,3 +112,10 @@ def test_majority_signs_are_those_of_an_election_that_knows_of_no_cut(steps: int
     other = trimmed.transform(lambda tau, site: tau)
     for name in ("a", "b"):
         assert torch.equal(elect(trimmed)[name], elect(other)[name])
+
+
+def test_the_majority_of_some_tensors_is_counted_over_these_alone() -> None:
+    experts = {t: {"a": uniform((90, 100), t), "b": -2 * uniform((90, 100), t, 2)} for t in "xyz"}
+    trimmed = trim(task_vectors({n: torch.zeros(90, 100) for n in "ab"}, experts), keep=0.3)
+    assert set(elect(trimmed.only_names(["a"]))["a"].unique().tolist()) == {1.0}  # where nothing is left too
+    assert set(elect(trimmed)["a"].unique().tolist()) == {-1.0, 1.0}

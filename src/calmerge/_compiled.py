@@ -4,17 +4,17 @@ import importlib.util
 import sys
 from types import ModuleType
 
-LARGE = 2**24
-"""From how many entries on it is worth while to load compiled loops, which takes a few tenths of a second."""
+LARGE = 2**27
+"""From how many entries of all experts on it is worth while to load compiled loops, which takes tenths of a second."""
 
 
-def usable(numel: int) -> bool:
-    """Whether working on so many entries is worth loading compiled loops, and numba is there to do it.
+def usable(numel: int, experts: int) -> bool:
+    """Whether working on so many entries of so many experts is worth loading compiled loops, and numba is there for it.
 
-    >>> usable(100)
+    >>> usable(100, 8)
     False
     """
-    return numel >= LARGE and importlib.util.find_spec("numba") is not None
+    return numel * experts >= LARGE and importlib.util.find_spec("numba") is not None
 
 
 def kernels() -> ModuleType | None:

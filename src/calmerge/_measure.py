@@ -25,7 +25,7 @@ from calmerge._passes import worthwhile as worthwhile
 from calmerge._rank import held_at_most, rank_rounds, usual_passes
 from calmerge._reader import Tapes
 from calmerge._run import Run
-from calmerge._weights import BLOCK, Node, Number, Site, Weights
+from calmerge._weights import BLOCK, Node, Number, Site, Weights, experts_in
 
 W = TypeVar("W", bound=Weights)
 
@@ -229,9 +229,10 @@ def settle(nodes: Iterable[Node], *, threads: int | None = None, run: Run | None
         sizes = [_entries(group) for group in stage]
         numel = sum(sizes)
         shared = [size * 4 * threads > numel for size in sizes]  # the others are worked on whole by one thread
-        taping = usable(numel)
-        grids = [next((n for n in group[0].inputs if isinstance(n, Weights)), ()) for group in stage]
-        with workers(worthwhile(threads, numel, sum(map(len, grids)))) as pool:
+        grids = [next((n for n in group[0].inputs if isinstance(n, Weights)), None) for group in stage]
+        largest = grids[sizes.index(max(sizes))]
+        taping = largest is not None and usable(numel, experts_in(largest))
+        with workers(worthwhile(threads, numel, sum(len(grid) for grid in grids if grid is not None))) as pool:
             for group, by_blocks in zip(stage, shared, strict=True):
                 if by_blocks:
                     _side_by_side(group, partial(ahead, pool, most=2 * threads), run, taping=taping, kept=kept)

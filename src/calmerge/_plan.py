@@ -118,7 +118,8 @@ def _settings(
 ) -> tuple[int, int, int]:
     """The most threads, and then the largest chunk, that stay within the limit; and the memory that they take."""
     counting = [  # the groups of one stage are worked on side by side
-        nlargest(_MOST_THREADS, chain.from_iterable(_measured(group) for group in stage)) for stage in steps
+        nlargest(_MOST_THREADS, chain.from_iterable(map(_measured, nlargest(_MOST_THREADS, stage, key=_weight))))
+        for stage in steps
     ]
 
     def memory(threads: int, chunk: int) -> int:
@@ -154,12 +155,17 @@ def _why(parts: Sequence[Sequence[Weights]]) -> str:
     )
 
 
+def _weight(group: Sequence[Measure]) -> int:
+    """What tells which groups of measures may take the most."""
+    return _FLOAT * _over(group)[1].numel + sum(measure.holds for measure in group)
+
+
 def _measured(group: Sequence[Measure]) -> list[int]:
     """As `_block_sizes`, of a group of measures; on the first falls what their passes hold beside their blocks."""
     nodes, grid = _over(group)
     sizes = _block_sizes(nodes, grid, BLOCK)
-    if usable(grid.numel):  # a tape gives several blocks as one
-        planes = sum(_width(one) for measure in group for one in measure.inputs if isinstance(one, Weights))
+    planes = sum(_width(one) for measure in group for one in measure.inputs if isinstance(one, Weights))
+    if usable(grid.numel, planes):  # a tape gives several blocks as one
         n = min(TOGETHER * BLOCK, max(spec.numel for spec in grid.specs.values()))
         sizes = [max(size, planes * n * _FLOAT) for size in sizes]
     return [sizes[0] + sum(measure.holds for measure in group), *sizes[1:]] if sizes else sizes
@@ -171,7 +177,7 @@ def _block_sizes(nodes: Iterable[Node], grid: Weights, chunk: int) -> list[int]:
     counts = Counter((name, entries(grid, name, rows)) for name, rows in blocks(grid, chunk))
     if grid.elementwise:
         most = max((held.bytes(*block) for block in counts), default=0)
-        if usable(grid.numel):  # a tape is handed several blocks as one
+        if usable(grid.numel, held.width):  # a tape is handed several blocks as one
             n = min(HELD * chunk, max(spec.numel for spec in grid.specs.values()))
             most = max(most, held.bytes_of_a_call(n))
         return [most] * min(_MOST_THREADS, counts.total())
@@ -192,7 +198,7 @@ class _Held:
         self._seen: set[int] = set()
         self._always: list[tuple[int, int]] = []
         self._of = defaultdict[str, list[tuple[int, int]]](list)  # by tensor
-        self._width = self._call = 1
+        self.width = self._call = 1
         for node in nodes:
             self._visit(node, outer=True)
 
@@ -207,14 +213,14 @@ class _Held:
         return self._call * n * _FLOAT * self._slack(n)
 
     def _slack(self, n: int) -> int:
-        return 2 if n * _FLOAT * self._width <= _KEPT else 1
+        return 2 if n * _FLOAT * self.width <= _KEPT else 1
 
     def _visit(self, node: Node, outer: bool) -> None:
         """A node's float32 copies of a block: what it keeps until the block is done, and what comes and goes."""
         if id(node) in self._seen:
             return
         into = max((_width(n) for n in node.inputs), default=1)
-        self._width = max(self._width, into)
+        self.width = max(self.width, into)
         if isinstance(node, Weights):
             if isinstance(node, Computed):
                 found = _width(node), into + 2 if node.copies is None else node.copies

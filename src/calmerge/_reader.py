@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calmerge._compiled import usable
 from calmerge._watch import Array
-from calmerge._weights import ALL, Memo, Node, Number, Site, Weights, joined, row_size, site_of, value_at
+from calmerge._weights import ALL, Memo, Node, Number, Site, Weights, experts_in, joined, row_size, site_of, value_at
 
 if TYPE_CHECKING:
     from calmerge._tape import Tape
@@ -45,7 +45,7 @@ class Reader:
         self._kept: Tapes = {} if kept is None else kept
         self._weights = [node for node in nodes if isinstance(node, Weights)]
         self._lead = self._weights[0]
-        self._taping = usable(self._lead.numel) if taping is None else taping
+        self._taping = usable(self._lead.numel, max(map(experts_in, self._weights))) if taping is None else taping
         self._tapes: dict[str, Tape | None] = {}
         self._lock = threading.Lock()
 

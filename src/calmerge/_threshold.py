@@ -64,7 +64,8 @@ class Threshold(Measure):
         """
         otherwise, tasks = count(exact, whole_sum), len(self._vectors.tasks)
         samples = self._vectors.elementwise and not fits(self._vectors, tasks)
-        if self.settled or self._along is not None or not samples:
+        over_all = exact.specs.keys() == self._vectors.specs.keys()
+        if self.settled or self._along is not None or not samples or not over_all:
             return otherwise
         self._along = fn
         self.inputs = (self._vectors, self._vectors.reduce(lambda tau, at, site: fn(tau, at), self._guess))

@@ -1,6 +1,5 @@
 """Named tensors that are read, or computed, when asked for: never all at once."""
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +137,8 @@ class Weights(Node, Mapping[str, Tensor]):
         >>> list(StateDict({"a": torch.zeros(1), "b": torch.zeros(1)}).only_names(["b"]))
         ['b']
         """
-        chosen = copy.copy(self)
+        chosen = object.__new__(type(self))  # as copy.copy does, in a tenth of the time
+        chosen.__dict__ |= self.__dict__
         chosen._uncut = self.uncut
         chosen.specs = {name: self.specs[name] for name in names}
         return chosen
@@ -358,7 +358,7 @@ def blocks(weights: Weights, size: int = BLOCK) -> Iterator[tuple[str, slice]]:
     >>> list(blocks(StateDict({"a": torch.zeros(5, 2), "b": torch.zeros(())}), size=4))
     [('a', slice(0, 2, None)), ('a', slice(2, 4, None)), ('a', slice(4, 5, None)), ('b', slice(None, None, None))]
     """
-    size = size * 4 // max(4, _experts(weights))
+    size = size * 4 // max(4, experts_in(weights))
     for name, spec in weights.specs.items():
         step = max(1, size // max(1, row_size(spec)))
         if not spec.shape or weights.whole(name) or step >= spec.shape[0]:
@@ -403,8 +403,12 @@ def stretches(weights: Weights, size: int = BLOCK, most: int = 8) -> Iterator[St
         yield batch
 
 
-def _experts(weights: Weights) -> int:
-    """The most experts of which a block is held while one of `weights` is computed."""
+def experts_in(weights: Weights) -> int:
+    """The most experts of which a block is held while one of `weights` is computed; 1 where there are none.
+
+    >>> experts_in(StateDict({"w": torch.zeros(1)}))
+    1
+    """
     most, seen, waiting = 1, {id(weights)}, [weights]
     while waiting:
         one = waiting.pop()

@@ -21,7 +21,7 @@ from calmerge._measure import ahead, pending, settle, workers, worthwhile
 from calmerge._reader import Reader, Tapes
 from calmerge._run import Run
 from calmerge._size import bytes_of
-from calmerge._weights import BLOCK, Stretch, Weights, stretches
+from calmerge._weights import BLOCK, Stretch, Weights, experts_in, stretches
 
 MANIFEST = "calmerge.json"
 INDEX = "model.safetensors.index.json"
@@ -245,7 +245,7 @@ def _write_files(
             f.flush()
             handles.append(f.fileno())
         hashing = [Growing(handle) for handle in handles]
-        reader = Reader(list(chosen.values()), taping=usable(weights.numel), kept=kept)
+        reader = Reader(list(chosen.values()), taping=usable(weights.numel, experts_in(weights)), kept=kept)
 
         @kept_open()
         def place(stretch: Stretch) -> int:
