@@ -30,6 +30,7 @@ from calmerge.report.tables import (
 from calmerge.report.traces import CalmStage, CalmTrace, Coefficients, Coverage, FitTrace, FrontTrace, SearchTrace
 
 NOTHING = Html("")
+_FEW = 10  # lines of the first drawing that are no higher than what stands beside it
 UNFOLDED = 4
 """So many fits stand open on the page."""
 
@@ -107,6 +108,8 @@ def overview(report: Report) -> Html:
         " other blocks of the league. Point at one for its name."
     )
     price = figure("What time buys", costs, words, stamp=split_stamp(report)) if costs else NOTHING
+    if len(standings(report)) <= _FEW:  # the drawing leaves room under it
+        return section("Result", grid(el("div", drawing, price), how), id_="result")
     return section("Result", grid(drawing, el("div", how, price)), id_="result")
 
 
