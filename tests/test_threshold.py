@@ -80,7 +80,15 @@ def test_where_the_sample_misled_both_are_found_all_the_same(
 
 
 def test_where_too_much_lies_inside_the_sum_has_its_own_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threshold_file, "_BESIDE", 1)
+    wide = [Bracket(0, int(np.float32(0.5).view(np.int32)), 18_000)] * 3
+    monkeypatch.setattr(threshold_file, "sampled", lambda *_: wide)
+    monkeypatch.setattr(threshold_file, "usually_inside", lambda *_: 10)
+    assert both(vectors(), 9000) == alone(vectors(), 9000)
+
+
+def test_where_too_much_would_be_taken_along_a_plan_counts_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threshold_file, "_BESIDE", 100)
+    assert plan(ties(vectors())).passes == 3
     assert both(vectors(), 9000) == alone(vectors(), 9000)
 
 

@@ -181,12 +181,28 @@ def within(row: Array, bracket: Bracket) -> tuple[int, int, Array]:
 def sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> list[Bracket]:
     """For each task the bracket in which its rank lies, by a sample of blocks."""
     reader, blocks = Reader([weights]), []  # what it compiles the pass to come finds
-    places = _places(weights, max(_PROBE // max(1, tasks // 4), 1 << 9))  # many tasks' blocks are large
+    places = _places(weights, _probe(tasks))
     for name, some in groupby(places, key=itemgetter(0)):
         rows, most = zip(*(_rows(weights.specs[name], first, n) for _, first, n in some), strict=True)
         for (_, (block,)), n in zip(reader.each(name, rows), most, strict=True):
             blocks.append(magnitudes(block, tasks)[:, :n].copy())
     return [_bracket([block[t] for block in blocks], ranks[t], weights.numel) for t in range(tasks)]
+
+
+def _probe(tasks: int) -> int:
+    """Entries of a block of the sample, in the mean: many tasks' blocks are large."""
+    return max(_PROBE // max(1, tasks // 4), 1 << 9)
+
+
+def _blocks(numel: int) -> int:
+    """How many blocks a sample has, but for rounding."""
+    return min(max(numel >> 17, 16), max(numel >> 20, 256))
+
+
+def usually_inside(weights: Weights, tasks: int) -> int:
+    """How many entries of a task lie inside its bracket, as a rule at most: half as many more than draws would have."""
+    share = 5 / (_blocks(weights.numel) * _probe(tasks)) ** 0.5
+    return min(weights.numel, int(weights.numel * share))
 
 
 def _rows(spec: Spec, first: int, n: int) -> tuple[slice, int]:
@@ -204,7 +220,7 @@ def _places(weights: Weights, probe: int) -> Iterator[tuple[str, int, int]]:
     Tensors differ from each other more than parts of one do. So each that is no small part of the weights has blocks in
     proportion to its entries, an even number, and the small ones have theirs as if they were one tensor.
     """
-    each = weights.numel / min(max(weights.numel >> 17, 16), 256)  # entries that a block stands for
+    each = weights.numel / _blocks(weights.numel)  # entries that a block stands for
     large = [name for name, spec in weights.specs.items() if spec.numel >= each / 4]
     small = [name for name, spec in weights.specs.items() if 0 < spec.numel < each / 4]
     for names in [*([name] for name in large), small]:

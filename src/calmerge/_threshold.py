@@ -15,12 +15,12 @@ from torch import Tensor
 from calmerge._compiled import kernels
 from calmerge._measure import Fold, Measure, Pass, count, kth_magnitude
 from calmerge._passes import added
-from calmerge._rank import Bracket, fits, nth, sampled, within
+from calmerge._rank import Bracket, fits, nth, sampled, usually_inside, within
 from calmerge._task_vectors import TaskVectors
 from calmerge._watch import Array
 from calmerge._weights import BLOCK, Number, Site, Weights
 
-_BESIDE = 1 << 24  # entries taken along at most, those of all tasks where one is inside: 64 MB
+_BESIDE = 1 << 26  # entries taken along at most, those of all tasks where one is inside: 256 MB
 
 Kept = Callable[[Tensor, Tensor], Tensor]
 """From task vectors [T, ...] and thresholds [T] to what is left of the vectors."""
@@ -50,7 +50,7 @@ class Threshold(Measure):
         self._plain = kth_magnitude(tvs, rank)
         super().__init__((tvs,), self._found, passes=self._plain.passes, holds=self._plain.holds)
         self._vectors, self._k = tvs, rank
-        self._guess = _Guess()
+        self._guess, self._most = _Guess(), 0
         self._along: Callable[[Tensor, Tensor], Tensor] | None = None
         self._sum: Tensor | None = None
 
@@ -65,11 +65,12 @@ class Threshold(Measure):
         otherwise, tasks = count(exact, whole_sum), len(self._vectors.tasks)
         samples = self._vectors.elementwise and not fits(self._vectors, tasks)
         over_all = exact.specs.keys() == self._vectors.specs.keys()
-        if self.settled or self._along is not None or not samples or not over_all:
+        most = tasks * min(self._vectors.numel, tasks * usually_inside(self._vectors, tasks))
+        if self.settled or self._along is not None or not samples or not over_all or most > _BESIDE:
             return otherwise
         self._along = fn
         self.inputs = (self._vectors, self._vectors.reduce(lambda tau, at, site: fn(tau, at), self._guess))
-        most = min(_BESIDE, self._vectors.numel * tasks)
+        self._most = most
         self.holds += (9 * most) // 2 + 5 * most // tasks  # with what growing takes, and to find a rank among one's
 
         def rounds() -> Generator[Pass, Any, Tensor]:
@@ -85,7 +86,7 @@ class Threshold(Measure):
         brackets = sampled(self._vectors, tasks, [self._k] * tasks) if along is not None else []
         bits = np.array([[b.low, b.high] for b in brackets], np.int32).reshape(-1, 2).T.copy()
         self._guess.number = torch.from_numpy(bits[0].view(np.float32))
-        if along is None or tasks * sum(b.entries for b in brackets) > _BESIDE:
+        if along is None or tasks * sum(b.entries for b in brackets) > self._most:
             return (yield from self._plain._rounds())
         counts, beside, total = yield Fold(lambda tau, plane, site: _part(tau, plane, bits), _put_together)
         rows = [np.frombuffer(row, np.float32) for row in beside]
