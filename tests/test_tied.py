@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import calmerge as cm
@@ -87,6 +87,19 @@ def test_an_expert_that_untied_its_output_keeps_it_as_a_head(stored: Callable[..
     tvs = cm.task_vectors(base, {"a": own, "b": model(2.0, tied=False)})
     assert tvs.heads["a"]["lm_head.weight"].eq(5).all()
     assert not tvs.heads["b"]  # its double is equal, and so no tensor of its own
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("head", [1.0, 5.0])
+def test_where_no_configuration_tells_the_values_do(
+    name: str, head: float, stored: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = {**model(1.0, tied=False), "lm_head.weight": torch.full((4, 2), head)}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text("{}")
+    (save_file if name.endswith("safetensors") else torch.save)(own, tmp_path / "a" / name)
+    tvs = cm.task_vectors(stored("base", 0.0, tie_word_embeddings=True), {"a": tmp_path / "a"})
+    assert list(tvs.heads["a"]) == (["lm_head.weight"] if head == 5 else [])
 
 
 def test_a_model_in_memory_comes_back_with_both_names_on_one_tensor() -> None:

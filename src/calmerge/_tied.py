@@ -93,9 +93,8 @@ def _differ(weights: Weights, double: str, kept: str) -> bool:
         return True
     if _place(weights, double) is not None and _place(weights, double) == _place(weights, kept):
         return False
-    if isinstance(weights, StateDict) or weights.folder is None:
-        return not torch.equal(weights.read(double), weights.read(kept))
-    return _config(weights).get("tie_word_embeddings") is False
+    said = None if isinstance(weights, StateDict) else _config(weights).get("tie_word_embeddings")
+    return not torch.equal(weights.read(double), weights.read(kept)) if said is None else said is False
 
 
 def _config(weights: Weights) -> dict[str, Any]:
