@@ -1,8 +1,8 @@
 """Compiled loops for sums, ranks and draws, where NumPy takes several steps; the bits that come out are its.
 
 They let other threads run. Each stands beside the NumPy lines that it takes the place of: `bracketed` and `nth` in
-`_rank`, `drawn` in `_random`, `row_lanes` and `pair_lanes` in `_dot`, `between` in `pieces/middle`, `ordered` in
-`pieces/magprune`.
+`_rank`, `bracketed_beside` in `_threshold`, `drawn` in `_random`, `row_lanes` and `pair_lanes` in `_dot`, `between` in
+`pieces/middle`, `ordered` in `pieces/magprune`.
 """
 
 from typing import Any

@@ -22,15 +22,15 @@ from calmerge._weights import BLOCK, Number, Site, Weights
 
 _BESIDE = 1 << 26  # entries taken along at most, those of all tasks where one is inside: 256 MB
 
-Kept = Callable[[Tensor, Tensor], Tensor]
-"""From task vectors [T, ...] and thresholds [T] to what is left of the vectors."""
+Cutting = Callable[[Tensor, Tensor], Tensor]
+"""A function of task vectors [T, ...] and thresholds [T]."""
 
 
 class Cut(NamedTuple):
     """How task vectors were trimmed: by which threshold, and what it leaves of a block."""
 
     threshold: "Threshold"
-    kept: Kept
+    kept: Cutting
 
 
 class Threshold(Measure):
@@ -51,10 +51,10 @@ class Threshold(Measure):
         super().__init__((tvs,), self._found, passes=self._plain.passes, holds=self._plain.holds)
         self._vectors, self._k = tvs, rank
         self._guess, self._most = _Guess(), 0
-        self._along: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._along: Cutting | None = None
         self._sum: Tensor | None = None
 
-    def total(self, fn: Kept, exact: Weights) -> Measure:
+    def total(self, fn: Cutting, exact: Weights) -> Measure:
         """The sum over all entries of `fn(tau, threshold)`, in the pass that finds the threshold if that is possible.
 
         Args:
@@ -83,10 +83,12 @@ class Threshold(Measure):
 
     def _found(self) -> Generator[Pass, Any, Tensor]:
         along, tasks = self._along, len(self._vectors.tasks)
-        brackets = sampled(self._vectors, tasks, [self._k] * tasks) if along is not None else []
-        bits = np.array([[b.low, b.high] for b in brackets], np.int32).reshape(-1, 2).T.copy()
+        if along is None:
+            return (yield from self._plain._rounds())
+        brackets = sampled(self._vectors, tasks, [self._k] * tasks)
+        bits = np.array([[b.low, b.high] for b in brackets], np.int32).T.copy()
         self._guess.number = torch.from_numpy(bits[0].view(np.float32))
-        if along is None or tasks * sum(b.entries for b in brackets) > self._most:
+        if tasks * sum(b.entries for b in brackets) > self._most:
             return (yield from self._plain._rounds())
         counts, beside, total = yield Fold(lambda tau, plane, site: _part(tau, plane, bits), _put_together)
         rows = [np.frombuffer(row, np.float32) for row in beside]

@@ -180,6 +180,14 @@ def test_methods_of_several_blocks_are_ranked_apart(report: Report) -> None:
     assert "What time buys" in page
 
 
+def test_the_second_drawing_stands_under_a_short_first_one(report: Report) -> None:
+    row = next(row for row in report.rows if row.label == "CALM")
+    for count, under in ((4, True), (14, False)):
+        rows = [row.model_copy(update={"label": f"CALM {i}"}) for i in range(count)]
+        page = html_page(report.model_copy(update={"rows": rows}))
+        assert (page.index("What time buys") < page.index("How it was measured")) == under
+
+
 def test_many_fits_are_folded(report: Report) -> None:
     fitted = next(row for row in report.rows if row.label == "AdaMerging")
     more = [fitted.model_copy(update={"label": f"Fit {i}"}) for i in range(5)]
