@@ -39,7 +39,7 @@ def keys_in_tables(page: str) -> set[str]:
 def test_the_recipes_shown_are_sound(text: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert recipe.merge or recipe.stack
+    assert recipe.merge or recipe.parts()
 
 
 @pytest.mark.parametrize("text", blocks("suites.md", "yaml"))

@@ -46,6 +46,9 @@ class MissingExtra(CalmergeError, ImportError):
         super().__init__(f"{package} is not installed: pip install 'calmerge[{extra}]' brings it.")
 
 
+_NAMED = 10  # of more than a hundred known names, those that a message tells
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence with the closest known names.
 
@@ -58,4 +61,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return "Did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
-    return "Known: " + ", ".join(known) + "."
+    more = f" and {len(known) - _NAMED} more" if len(known) > 100 else ""
+    return "Known: " + ", ".join(known[:_NAMED] if more else known) + more + "."

@@ -1,10 +1,11 @@
 """What a recipe may merge: a checkpoint, some of its layers, one with an adapter, or what another recipe makes."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+from calmerge._errors import did_you_mean
 from calmerge._signature import check
 from calmerge._yaml import Node
 from calmerge.suites.suite import located
@@ -36,6 +37,19 @@ class Piece:
         return key_of(self)
 
 
+@dataclass(frozen=True)
+class Tower:
+    """A part of a model that is merged, or stacked, for itself.
+
+    Attributes:
+        tensors: shell patterns of what it has in every model; what no other tower has, if there are none.
+        source: where it comes from.
+    """
+
+    tensors: Sequence[str]
+    source: Input
+
+
 def key_of(source: Input) -> str:
     """What tells one model from another, whichever layers of it are taken: where it lies, and its adapter."""
     if isinstance(source, Piece):
@@ -65,7 +79,7 @@ def read_input(
     """The input that `node` writes; mistakes go to `problems`.
 
     Args:
-        node: a path or hub id; `{model, adapter, layers}`; or a recipe, which has `merge` or `stack`.
+        node: a path or hub id; `{model, adapter, layers}`; or a recipe, which has `merge`, `stack` or `towers`.
         folder: where relative paths start.
         problems: gets one sentence for each mistake.
         what: what messages call the input, such as "expert 'cars'".
@@ -73,7 +87,7 @@ def read_input(
     """
     if isinstance(node.value, str):
         return located(node.value, folder)
-    if node.get("merge") is not None or node.get("stack") is not None:
+    if any(node.get(key) is not None for key in ("merge", "stack", "towers")):
         return read_recipe(node, what)
     if not node.is_mapping():
         problems.append(
@@ -99,6 +113,31 @@ def read_input(
     if adapter is None and layers is None:
         return given["model"]  # type: ignore[no-any-return]
     return Piece(given["model"], adapter, (layers[0], layers[1]) if layers else None)
+
+
+def read_tower(node: Node, what: str, read: Callable[[Node, str], Input | None], problems: list[str]) -> Tower | None:
+    """The tower that `node` writes: an input, and `tensors` beside its keys.
+
+    Args:
+        node: a path or hub id, or a mapping.
+        what: what messages call it.
+        read: reads the input.
+        problems: gets one sentence for each mistake.
+    """
+    for key, part in node.items():
+        if key != "tensors" and "mean" in (hint := did_you_mean(key, ["tensors"])):
+            problems.append(f"{part.where}: {what} has no key '{key}'. {hint}")
+            return None
+    stated = node.get("tensors")
+    patterns: list[str] = []
+    if stated is not None:
+        patterns = [one.value for one in stated.value if isinstance(one.value, str)] if stated.is_list() else []
+        if not patterns or len(patterns) < len(stated.value):
+            problems.append(f"{stated.where}: 'tensors' is a list of shell patterns, as in ['vision.*'].")
+            return None
+        node = replace(node, value={key: part for key, part in node.items() if key != "tensors"})
+    source = read(node, what)
+    return Tower(tuple(patterns), source) if source is not None else None
 
 
 def _keys_of_an_input(*, model: Any, adapter: str | None = None, layers: list[int] | None = None) -> None:

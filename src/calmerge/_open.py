@@ -1,6 +1,7 @@
 """Opening what a recipe names: its models from their headers, laid out as the recipe says, ready to be merged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor
 
 from calmerge._checkpoint import open_checkpoint
-from calmerge._errors import CheckpointError
-from calmerge._inputs import Input, Piece, Place, key_of
+from calmerge._errors import CheckpointError, UsageError, did_you_mean
+from calmerge._inputs import Input, Piece, Place, Tower, key_of
 from calmerge._lora import adapted
 from calmerge._side_files import beside
 from calmerge._signature import raise_together
-from calmerge._stack import WHOLE, Part, depth, some_layers, stack_layers
+from calmerge._stack import WHOLE, Part, depth, side_by_side, some_layers, stack_layers
 from calmerge._task_vectors import TaskVectors, task_vectors
 from calmerge._weights import ALL, Memo, Node, Spec, StateDict, Weights, add, digest
 
@@ -26,7 +27,7 @@ Opened = Mapping[str, Weights]
 
 
 def open_recipe(recipe: "Recipe", opened: Opened | None = None, part: Part = WHOLE) -> TaskVectors:
-    """The task vectors of a recipe, from headers alone; of a stack, a base that is finished and no task.
+    """The task vectors of a recipe, from headers alone; of a stack or towers, a base that is finished and no task.
 
     Args:
         recipe: a checked recipe.
@@ -35,6 +36,7 @@ def open_recipe(recipe: "Recipe", opened: Opened | None = None, part: Part = WHO
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or does not fit the others.
+        UsageError: a pattern of a tower fits no tensor.
     """
     plain = all(isinstance(source, (str, Path)) for source in recipe.inputs())
     if opened is None and recipe.base is not None and plain and not recipe.without_heads and not recipe.chat_template:
@@ -42,7 +44,9 @@ def open_recipe(recipe: "Recipe", opened: Opened | None = None, part: Part = WHO
         return task_vectors(named[1], named[0], exclude=recipe.exclude, heads=recipe.heads, where=recipe.lines)
     opened = _open_models(recipe) if opened is None else opened
     if recipe.stack:
-        return _finished(_stacked(recipe.stack, opened), opened)
+        return _finished(_stacked(recipe.parts(), opened))
+    if recipe.towers:
+        return _finished(side_by_side([_made(recipe.seeded(one.source), of) for one, of in _apart(recipe, opened)]))
     experts = {task: _open_input(source, opened, part) for task, source in recipe.experts.items()}
     base = _open_input(recipe.base, opened, part) if recipe.base is not None else origin(experts)
     tvs = task_vectors(base, experts, exclude=recipe.exclude, heads=recipe.heads, where=recipe.lines)
@@ -190,11 +194,37 @@ def _stacked(slices: Sequence[Input], opened: Opened) -> Weights:
     for position, source in enumerate(slices):
         part = Part(start, first=position == 0, last=position == len(slices) - 1)
         start += _length(source, opened)
-        if isinstance(source, (str, Path, Piece)):
-            parts.append(_open_input(source, opened, part))
-        else:
-            parts.append(merged(source, opened, part))
+        parts.append(_made(source, opened, part))
     return stack_layers(parts)
+
+
+def _made(source: Input, opened: Opened, part: Part = WHOLE) -> Weights:
+    """A model, some layers of one, or what a recipe makes of several."""
+    if isinstance(source, (str, Path, Piece)):
+        return _open_input(source, opened, part)
+    return merged(source, opened, part)
+
+
+def _apart(recipe: "Recipe", opened: Opened) -> Iterator[tuple[Tower, Opened]]:
+    """The towers, each with what its patterns leave it of every model."""
+    left = {key: list(weights) for key, weights in opened.items()}
+    for tower in recipe.towers:
+        for pattern in tower.tensors:
+            if not any(fnmatchcase(name, pattern) for weights in opened.values() for name in weights):
+                every = dict.fromkeys(name for weights in opened.values() for name in weights)
+                raise UsageError(f"{recipe.file}: towers: '{pattern}' fits no tensor. {did_you_mean(pattern, every)}")
+        own = {key: [n for n in names if _fits(n, tower)] for key, names in left.items()}
+        left = {key: [n for n in names if not _fits(n, tower)] for key, names in left.items()}
+        yield tower, {key: opened[key].only_names(names) for key, names in own.items()}
+    for key, names in left.items():
+        if names:
+            raise CheckpointError(
+                f"{key}: the tensor '{names[0]}' fits no tower. Add one without 'tensors', which takes what is left."
+            )
+
+
+def _fits(name: str, tower: Tower) -> bool:
+    return not tower.tensors or any(fnmatchcase(name, pattern) for pattern in tower.tensors)
 
 
 def _length(source: Input, opened: Opened) -> int:
@@ -209,6 +239,6 @@ def _length(source: Input, opened: Opened) -> int:
     return next(iter(lengths.values()))
 
 
-def _finished(whole: Weights, opened: Opened) -> TaskVectors:
+def _finished(whole: Weights) -> TaskVectors:
     """A model that needs no further merging, as task vectors of no task."""
     return TaskVectors(StateDict({}), (), whole, experts={})

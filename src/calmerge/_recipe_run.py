@@ -44,7 +44,7 @@ class Preview:
 
     Attributes:
         steps: the pipe, one call a step.
-        tasks: the experts' names.
+        tasks: the experts' names; of a stack or towers, those of the models.
         merged: how many tensors are merged, and `entries` how many numbers they hold.
         skipped: how many tensors are taken from the base, by reason.
         heads: how many tensors each task keeps for itself.
@@ -107,10 +107,10 @@ def preview(recipe: Recipe, tvs: TaskVectors) -> Preview:
         adapter = largest(tvs, **_adapter(recipe), dtype=_dtype(recipe) or torch.float32)
     work = plan(*weights, shard=recipe.out.shard or "5GB", max_memory=None if learns else recipe.out.max_memory)
     return Preview(
-        steps=[str(step) for step in recipe.merge],
-        tasks=list(tvs.tasks),
-        merged=len(tvs),
-        entries=tvs.numel,
+        steps=[str(step) for step in recipe.merge] or [recipe.outline],
+        tasks=list(tvs.tasks) or list(dict.fromkeys(Path(key_of(model)).name for model in recipe.models())),
+        merged=len(tvs if tvs.tasks else tvs.base),
+        entries=(tvs if tvs.tasks else tvs.base).numel,
         skipped=dict(Counter(tvs.skipped.values())),
         heads={task: len(head) for task, head in tvs.heads.items()},
         inputs=_input_bytes(tvs),
@@ -258,7 +258,7 @@ def _report(
     from calmerge.report import results
     from calmerge.report.traces import FrontTrace, SearchTrace
 
-    names = [step.name for step in recipe.merge] or ["stack"]
+    names = [step.name for step in recipe.merge] or ["stack" if recipe.stack else "towers"]
     last = recipe.merge[-1].to_data() if recipe.merge else recipe.to_dict()
     options = last[names[-1]] if isinstance(last, dict) else {}
     learns = recipe.needs_tasks()

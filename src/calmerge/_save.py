@@ -112,7 +112,7 @@ def save(
             "versions": versions(),
             "recipe": recipe,
             "inputs": hashed(),
-            "merged": len(patched.specs if patched else vector.specs),
+            "merged": len(patched.specs if patched else vector.specs if tvs.tasks else tvs.base),
             "not_merged": tvs.skipped,
             "tasks": list(tvs.tasks),
             "hash": ALGORITHM,

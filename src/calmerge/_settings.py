@@ -56,9 +56,10 @@ def settings(recipe: Recipe, names: Sequence[str] = (), methods: Methods | None 
 
         methods = METHODS
     found = list(_of_pipe(recipe.merge, recipe.seed, methods, tuple(names), ""))
-    for number, slice in enumerate(recipe.stack, 1):
-        steps = slice.merge if isinstance(slice, Recipe) else ()
-        found += _of_pipe(steps, recipe.seed, methods, (), f"slice {number} > ")
+    for number, part in enumerate(recipe.parts(), 1):
+        if isinstance(part, Recipe):
+            label = f"{'slice' if recipe.stack else 'tower'} {number} > "
+            found += [replace(one, step=label + one.step) for one in settings(part, (), methods)]
     return found
 
 

@@ -1,8 +1,8 @@
-"""Stacks of layers: some layers of a model under new numbers, and models put on top of each other."""
+"""Stacks of layers: some layers of a model under new numbers, models put on top of each other, towers side by side."""
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from calmerge._side_files import beside, config_of, with_config
 from calmerge._weights import Gathered, Weights
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_OF_DECODERS = ("decoder_layers", "num_decoder_layers")
+_LISTS = ("layer_", "layers_", "no_rope")
 _BEFORE = re.compile(r"embed(?!_out|ding_out)|\bw[tp]e\b|\bemb\b")
 
 
@@ -43,7 +45,8 @@ def depth(weights: Weights) -> tuple[str, int]:
     found = layers_of(weights.specs)
     tensors = Counter(layer.stack for layer in found.values())
     counts = {layer.stack: layer.count for layer in found.values()}
-    told = {settings[key] for settings in _settings(config_of(weights)) for key in _COUNTS if key in settings}
+    config = config_of(weights)
+    told = {part[key] for part in (config, _section(config, "text_config")) for key in _COUNTS if key in part}
     if not tensors:
         return "", 0
     stack = max(tensors, key=lambda s: (counts[s] in told, tensors[s]))
@@ -96,7 +99,12 @@ def some_layers(weights: Weights, layers: tuple[int, int] | None, part: Part = W
             inside = name.removeprefix(f"{stack}.{layer.index}.")
             names[f"{stack}.{layer.index - first + part.start}.{inside}"] = name
     chosen = beside(Gathered({new: (weights, old) for new, old in names.items()}), weights)
-    return with_config(chosen, _of_layers(config_of(weights), count, list(range(first, end))))
+    config = config_of(weights)
+    told: dict[_Place, Any] = {}
+    for place in _places(config, stack, count):
+        value = _section(config, place[0])[place[1]]
+        told[place] = value[first:end] if isinstance(value, list) else end - first
+    return with_config(chosen, _changed(config, told))
 
 
 def stack_layers(parts: Sequence[Weights]) -> Weights:
@@ -112,53 +120,77 @@ def stack_layers(parts: Sequence[Weights]) -> Weights:
     before = [n for n in names if n not in inside and stands_before(n)]
     order = dict.fromkeys([*before, *(n for n in names if n in inside), *names])
     whole = beside(Gathered({name: names[name] for name in order}), parts[0])
-    return with_config(whole, _together([config_of(part) for part in parts]))
+    configs = [config_of(part) for part in parts]
+    told: dict[_Place, Any] = {}
+    for section, key in _places(configs[0], *depth(parts[0])):
+        each = [_section(config, section).get(key) for config in configs]
+        if all(isinstance(value, int) for value in each):
+            told[section, key] = sum(each)
+        elif all(isinstance(value, list) for value in each):
+            told[section, key] = [entry for value in each for entry in value or ()]
+    return with_config(whole, _changed(configs[0], told))
 
 
-def _settings(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """A configuration, and that of the language model inside it."""
-    inner = config.get("text_config")
-    return [config, inner] if isinstance(inner, dict) else [config]
+def side_by_side(towers: Sequence[Weights]) -> Weights:
+    """Towers with different names as one model, with the side files of the first, and the number of layers of each.
+
+    >>> from calmerge import StateDict
+    >>> text, vision = StateDict({"text.embed": torch.zeros(1)}), StateDict({"vision.patch": torch.zeros(1)})
+    >>> list(side_by_side([text, vision]))
+    ['text.embed', 'vision.patch']
+    """
+    whole = beside(Gathered({name: (tower, name) for tower in towers for name in tower}), towers[0])
+    told: dict[_Place, Any] = {}
+    for tower in towers:
+        config = config_of(tower)
+        told |= {(at, key): _section(config, at)[key] for at, key in _places(config, *depth(tower))}
+    return with_config(whole, _changed(config_of(whole), told))
 
 
-def _of_layers(config: dict[str, Any], count: int, chosen: Sequence[int]) -> dict[str, Any]:
-    """A configuration with its number of layers, and its lists of one entry a layer, for some of them."""
-
-    def changed(settings: dict[str, Any]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in settings.items():
-            if key in _COUNTS and value == count:
-                value = len(chosen)
-            elif isinstance(value, list) and len(value) == count and key.startswith(("layer_", "layers_", "no_rope")):
-                value = [value[i] for i in chosen]
-            elif key == "text_config" and isinstance(value, dict):
-                value = changed(value)
-            result[key] = value
-        return result
-
-    return changed(config)
+_Place = tuple[str, str]
+"""Where a configuration tells something: the section, "" at its top, and the key."""
 
 
-def _together(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first configuration, with the layers of all."""
+def _places(config: Mapping[str, Any], stack: str, count: int) -> Iterator[_Place]:
+    """Where a configuration tells of a stack: how many layers it has, or one thing for each."""
+    for section, keys in _sections(config, stack):
+        for key, value in _section(config, section).items():
+            listed = isinstance(value, list) and len(value) == count and key.startswith(_LISTS)
+            if listed or (key in keys and value == count):
+                yield section, key
 
-    def joined(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        first = settings[0]
-        counts = [next((s[k] for k in _COUNTS if k in s), 0) for s in settings]
-        result: dict[str, Any] = {}
-        for key, value in first.items():
-            lists = [s.get(key) for s in settings]
-            if key in _COUNTS and value == counts[0]:
-                value = sum(counts)
-            elif (
-                isinstance(value, list)
-                and key.startswith(("layer_", "layers_", "no_rope"))
-                and all(isinstance(x, list) and len(x) == n for x, n in zip(lists, counts, strict=True))
-            ):
-                value = [entry for one in lists for entry in one or ()]
-            elif key == "text_config" and isinstance(value, dict) and all(isinstance(x, dict) for x in lists):
-                value = joined([x for x in lists if isinstance(x, dict)])
-            result[key] = value
-        return result
 
-    return joined(configs)
+def _sections(config: Mapping[str, Any], stack: str) -> Iterator[tuple[str, Sequence[str]]]:
+    """The sections that tell of a stack, and what they may call its number of layers.
+
+    Those of a tower are told by its name (`vision_config` of `visual.blocks`), an encoder and a decoder by their keys.
+    """
+    parts = stack.split(".")
+    for section, inner in config.items():
+        named = section.endswith("_config") and any(part.startswith(section[:3]) for part in parts)
+        if isinstance(inner, dict) and (named or section == parts[0]):
+            yield section, (*_COUNTS, "depth", "encoder_layers")
+            return
+    if "decoder" in parts and any(key in config for key in _OF_DECODERS):
+        yield "", _OF_DECODERS
+    elif "encoder" in parts:
+        yield "", (*_COUNTS, "encoder_layers")
+    else:
+        yield "", _COUNTS
+        yield "text_config", _COUNTS
+
+
+def _section(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    inner = config.get(section) if section else config
+    return inner if isinstance(inner, dict) else {}
+
+
+def _changed(config: Mapping[str, Any], told: Mapping[_Place, Any]) -> dict[str, Any]:
+    """A configuration with some values anew; sections that it lacks stay away."""
+    found = dict(config)
+    for (section, key), value in told.items():
+        if not section:
+            found[key] = value
+        elif section in found:
+            found[section] = {**found[section], key: value}
+    return found

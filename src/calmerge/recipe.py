@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from calmerge._adapter_config import adapter_options
 from calmerge._errors import UsageError, did_you_mean
-from calmerge._inputs import Input, key_of, read_input
+from calmerge._inputs import Input, Piece, Tower, key_of, read_input, read_tower
 from calmerge._pipe import Methods, Step, Surroundings, build_pipe, check_pipe, needs_tasks, read_pipe, walk
 from calmerge._signature import Seed, check, options_of, raise_together
 from calmerge._size import bytes_of
@@ -61,6 +61,7 @@ class Recipe:
         experts: path, hub id or other input by task.
         merge: the steps of the pipe.
         stack: inputs whose layers are put on top of each other, in place of base, experts and merge.
+        towers: inputs of which each brings some of the tensors, in place of these as well.
         tokenizer: how the vocabularies are aligned; None leaves them.
         chat_template: of the result; None leaves the base's.
         exclude: shell patterns of tensors that are not merged.
@@ -79,6 +80,7 @@ class Recipe:
     experts: Mapping[str, Input]
     merge: Sequence[Step]
     stack: Sequence[Input] = ()
+    towers: Sequence[Tower] = ()
     tokenizer: "TokenizerPlan | None" = None
     chat_template: str | None = None
     exclude: Sequence[str] = ()
@@ -98,14 +100,31 @@ class Recipe:
         return self.base is None or self.tokenizer is not None
 
     def inputs(self) -> list[Input]:
-        """Base and experts, or the slices of the stack."""
-        return [*([self.base] if self.base is not None else []), *self.experts.values(), *self.stack]
+        """Base and experts, or the slices of the stack, or the towers."""
+        named = [*([self.base] if self.base is not None else []), *self.experts.values()]
+        return [*map(self.seeded, named), *self.parts()]
+
+    def parts(self) -> list[Input]:
+        """The slices of the stack, or the towers."""
+        return [self.seeded(one) for one in [*self.stack, *(tower.source for tower in self.towers)]]
+
+    @property
+    def outline(self) -> str:
+        """What a recipe without steps does: "a stack of 2 slices"."""
+        what = f"a stack of {len(self.stack)} slice" if self.stack else f"{len(self.towers)} tower"
+        return what + ("s" if len(self.parts()) > 1 else "")
+
+    def seeded(self, source: Input) -> Input:
+        """An input of this recipe; one that is a recipe without a seed has the seed of this one."""
+        if isinstance(source, Piece) and isinstance(source.model, Recipe) and source.model.seed is None:
+            return replace(source, model=with_seed(source.model, self.seed))
+        return with_seed(source, self.seed) if isinstance(source, Recipe) and source.seed is None else source
 
     def models(self) -> list[Input]:
-        """The inputs, those of a stack's slices in place of the slices that are merges."""
-        if not self.stack:
+        """The inputs, those of a slice or a tower in its place where it is a recipe."""
+        if not self.parts():
             return self.inputs()
-        return [one for slice in self.stack for one in (slice.models() if isinstance(slice, Recipe) else [slice])]
+        return [one for part in self.parts() for one in (part.models() if isinstance(part, Recipe) else [part])]
 
     def to_dict(self) -> dict[str, Data]:
         """The recipe as plain data, as it was written; `recipe_from_dict` reads it back."""
@@ -237,6 +256,7 @@ def _keys_of_a_recipe(
     base: Any = None,
     experts: Mapping[str, Any] = MappingProxyType({}),
     stack: Any = None,
+    towers: Any = None,
     tokenizer: Any = None,
     chat_template: str | None = None,
     exclude: Sequence[str] = (),
@@ -270,6 +290,7 @@ def _read(node: Node, file: str, folder: Path, methods: Methods, name: str = "re
     stated = node.get("base")
     base = source(stated, "the base") if stated is not None and stated.value is not None else None
     stack = _read_stack(node, source, problems)
+    towers = _read_towers(node, source, problems)
     plain = {task: at for task, at in experts.items() if isinstance(at, (Path, str))}
     suite = _read_tasks(node, file, folder, base if isinstance(base, (Path, str)) else None, plain, methods, problems)
     if suite is not None and "suite" in suite.data:  # a suite brings what the recipe leaves out
@@ -277,7 +298,7 @@ def _read(node: Node, file: str, folder: Path, methods: Methods, name: str = "re
         experts = experts or dict(suite.experts)
         plain = plain or dict(suite.experts)
         parts = {"exclude": suite.exclude, "heads": suite.heads, **parts}
-    if "stack" not in parts:
+    if "stack" not in parts and "towers" not in parts:
         _check_inputs(node, base, experts, suite, problems)
     exclude, heads = (tuple(parts.get(key) or ()) for key in ("exclude", "heads"))
     if suite is not None:
@@ -289,13 +310,14 @@ def _read(node: Node, file: str, folder: Path, methods: Methods, name: str = "re
         steps = read_pipe(node.value["merge"], problems)
         problems += check_pipe(steps, methods, has_tasks=node.get("tasks") is not None, inner=name != "recipe")
     out = _read_out(node.get("out"), folder, problems)
-    tokenizer = _read_tokenizer(node, folder, base, experts, stack, problems)
+    tokenizer = _read_tokenizer(node, folder, base, experts, [*stack, *(one.source for one in towers)], problems)
     raise_together(problems)
     return Recipe(
         base=base,
         experts=experts,
         merge=steps,
         stack=stack,
+        towers=towers,
         tokenizer=tokenizer,
         chat_template=parts.get("chat_template"),
         exclude=exclude,
@@ -337,16 +359,45 @@ def _read_stack(node: Node, source: Callable[[Node, str], Input | None], problem
     if not stack.is_list() or not stack.value:
         problems.append(f"{stack.where}: 'stack' is a list of slices, as in [{{model: ./a, layers: [0, 8]}}, ...].")
         return ()
-    for key in ("base", "experts", "merge"):
-        if node.get(key) is not None:
-            problems.append(f"{node.value[key].where}: a recipe has 'stack' or '{key}'; put '{key}' into a slice.")
+    _check_apart(node, "stack", ("base", "experts", "merge"), "a slice", problems)
     slices = []
     for position, one in enumerate(stack.value, 1):
-        for key in ("stack", "tokenizer", "chat_template", "out"):
-            if one.get(key) is not None:
-                problems.append(f"{one.value[key].where}: a slice of a stack cannot have '{key}' of its own.")
+        _check_part(one, ("stack", "towers", "tokenizer", "chat_template", "out"), "a slice of a stack", problems)
         slices.append(source(one, f"slice {position}"))
     return tuple(one for one in slices if one is not None)
+
+
+def _read_towers(node: Node, source: Callable[[Node, str], Input | None], problems: list[str]) -> tuple[Tower, ...]:
+    towers = node.get("towers")
+    if towers is None:
+        return ()
+    if not towers.is_list() or not towers.value:
+        problems.append(
+            f"{towers.where}: 'towers' is a list of inputs, as in [{{tensors: ['vision.*'], model: ./a}}, ...]."
+        )
+        return ()
+    _check_apart(node, "towers", ("base", "experts", "merge", "stack"), "a tower", problems)
+    found = []
+    for position, one in enumerate(towers.value, 1):
+        _check_part(one, ("towers", "tokenizer", "chat_template", "out"), "a tower", problems)
+        if one.get("tensors") is None and position < len(towers.value):
+            problems.append(
+                f"{one.where}: a tower without 'tensors' takes all that are left, so that none comes behind it."
+            )
+        found.append(read_tower(one, f"tower {position}", source, problems))
+    return tuple(one for one in found if one is not None)
+
+
+def _check_apart(node: Node, what: str, keys: Sequence[str], place: str, problems: list[str]) -> None:
+    for key in keys:
+        if node.get(key) is not None:
+            problems.append(f"{node.value[key].where}: a recipe has '{what}' or '{key}'; put '{key}' into {place}.")
+
+
+def _check_part(node: Node, keys: Sequence[str], what: str, problems: list[str]) -> None:
+    for key in keys:
+        if node.get(key) is not None:
+            problems.append(f"{node.value[key].where}: {what} cannot have '{key}' of its own.")
 
 
 def _read_tokenizer(
@@ -354,7 +405,7 @@ def _read_tokenizer(
     folder: Path,
     base: Input | None,
     experts: Mapping[str, Input],
-    stack: Sequence[Input],
+    parts: Sequence[Input],
     problems: list[str],
 ) -> "TokenizerPlan | None":
     section = node.get("tokenizer")
@@ -363,9 +414,11 @@ def _read_tokenizer(
     from calmerge._tokens import read_tokenizer
 
     names = {**{task: key_of(at) for task, at in experts.items()}, **({"base": key_of(base)} if base else {})}
-    for slice in stack:
-        inner: dict[str, Input | None] = {**slice.experts, "base": slice.base} if isinstance(slice, Recipe) else {}
-        names |= {task: key_of(at) for task, at in inner.items() if at is not None}
+    for part in parts:
+        inner = [one for one in [part, *part.stack] if isinstance(one, Recipe)] if isinstance(part, Recipe) else []
+        for one in inner:
+            named: dict[str, Input | None] = {**one.experts, "base": one.base}
+            names |= {task: key_of(at) for task, at in named.items() if at is not None}
     return read_tokenizer(section, lambda text: names.get(text, str(located(text, folder))), problems)
 
 

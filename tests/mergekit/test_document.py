@@ -10,12 +10,14 @@ from safetensors.torch import save_file
 from calmerge import CalmergeError, UsageError
 from calmerge._open import merged
 from calmerge._yaml import parse
-from calmerge.mergekit.convert import convert, load_mergekit
-from calmerge.mergekit.document import read_document
+from calmerge.mergekit.convert import convert, convert_file, load_mergekit, module_of
+from calmerge.mergekit.document import Module, read_document
 from calmerge.mergekit.patterns import cases
 from calmerge.mergekit.reference import read_reference
 from calmerge.mergekit.settings import at_depth
+from calmerge.recipe import load_recipe
 
+TOWERS = (("text", 0.0), ("vision", 100.0))
 HEAD = (
     "merge_method: linear\nmodels:\n- {model: ./a, parameters: {weight: 1}}\n- {model: ./b, parameters: {weight: 1}}\n"
 )
@@ -242,6 +244,72 @@ def test_modules_may_be_merged_from_different_models(models: Path) -> None:
     }
     with pytest.raises(UsageError, match="takes at least 1 besides base_model; here: none"):
         found("task_arithmetic\nbase_model: a", f"text: {weighted(b=1)}", f"vision: {weighted(a=1)}")
+
+
+def test_modules_may_be_stacked_each_by_itself(models: Path) -> None:
+    from calmerge._side_files import config_of
+
+    for name, x in (("a", 10.0), ("b", 20.0)):
+        tensors = {f"{t}.h.{i}.ln.w": torch.full((1,), x + i + y) for t, y in TOWERS for i in range(3)}
+        tensors |= {f"{t}.{end}.w": torch.full((1,), x + y) for t, y in TOWERS for end in ("embed", "norm")}
+        save_file(tensors | {"projector.w": torch.full((1,), x)}, models / name / "model.safetensors")
+        (models / name / "config.json").write_text(
+            '{"text_config": {"num_hidden_layers": 3, "layer_types": ["x", "y", "z"]}, "vision_config": {"depth": 3}}'
+        )
+    (models / "c.yml").write_text(
+        "merge_method: linear\nmodules:\n"
+        "  text:\n    slices:\n    - sources: [{model: a, layer_range: [0, 2]}]\n"
+        "    - sources: [{model: b, layer_range: [1, 3]}, {model: a, layer_range: [1, 3]}]\n"
+        "  vision:\n    slices:\n    - sources: [{model: b, layer_range: [2, 3]}]\n"
+        "parameters: {weight: 1}\n"
+    )
+    found = merged(load_mergekit("c.yml"))
+    assert {name: tensor.item() for name, tensor in found.items()} == {
+        "projector.w": 15, "text.embed.w": 10, "text.norm.w": 15, "vision.embed.w": 120, "vision.norm.w": 120,
+        "text.h.0.ln.w": 10, "text.h.1.ln.w": 11, "text.h.2.ln.w": 16, "text.h.3.ln.w": 17, "vision.h.0.ln.w": 122,
+    }  # fmt: skip
+    assert config_of(found) == {
+        "text_config": {"num_hidden_layers": 4, "layer_types": ["x", "y", "y", "z"]}, "vision_config": {"depth": 1}
+    }  # fmt: skip
+    (models / "r.yaml").write_text(convert_file("c.yml", out="r.yaml"))
+    again = merged(load_recipe("r.yaml"))
+    assert {name: tensor.item() for name, tensor in again.items()} == {n: t.item() for n, t in found.items()}
+
+
+def test_a_module_that_is_taken_unchanged_is_a_model_of_the_recipe(models: Path) -> None:
+    for name, x in (("a", 1.0), ("b", 3.0)):
+        tensors = {f"{t}.h.{i}.ln.w": torch.full((1,), x) for t in ("text", "vision") for i in range(2)}
+        save_file(tensors | {"projector.w": torch.full((1,), x)}, models / name / "model.safetensors")
+    (models / "c.yml").write_text(
+        "merge_method: passthrough\nmodules:\n  vision: {models: [{model: b}]}\n"
+        "  text: {slices: [{sources: [{model: a, layer_range: [1, 2]}]}]}\n"
+    )
+    found = convert("c.yml")["towers"]
+    assert found == [
+        {"tensors": ["projector.w"], "model": "b"},
+        {"tensors": ["*text*"], "model": "a", "layers": [1, 2]},
+        {"model": "b"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "theirs", "others"),
+    [
+        ("text_decoder", "language_model.model.norm.weight", "multi_modal_projector.linear_1.weight"),
+        ("text_decoder", "model.layers.0.mlp.up_proj.weight", "visual.blocks.0.norm1.weight"),
+        ("text_decoder", "model.language_model.norm.weight", "model.visual.pos_embed.weight"),
+        ("text_decoder", "lm_head.weight", "model.vision_tower.ln_pre.weight"),
+        ("vision_tower", "visual.blocks.0.norm1.weight", "visual.merger.mlp.0.weight"),
+        ("vision_model", "vision_model.model.norm.weight", "language_model.model.norm.weight"),
+        ("multi_modal_projector", "model.visual.merger.norm.weight", "model.visual.blocks.0.norm1.weight"),
+        ("shared", "lm_head.weight", "decoder.final_layer_norm.weight"),
+        ("encoder", "model.encoder.layers.0.fc1.weight", "model.decoder.layers.0.fc1.weight"),
+    ],
+)
+def test_modules_whose_tensors_are_called_otherwise(module: str, theirs: str, others: str) -> None:
+    listed = [Module(module, (), {}, "c.yml:1"), Module("elsewhere", (), {}, "c.yml:2")]
+    assert module_of(theirs, listed) is listed[0]
+    assert module_of(others, listed).name == ""
 
 
 def test_patterns_tell_every_group_apart() -> None:

@@ -91,6 +91,14 @@ def _check_places(document: Document, names: Sequence[str], folder: Path) -> Non
     raise_together(list(dict.fromkeys(problems)), CheckpointError)
 
 
+_PATHS = {
+    "text_decoder": ("model", "lm_head", "language_model"), "vision_tower": ("visual", "vision_tower"),
+    "multi_modal_projector": ("visual.merger", "visual.deepstack_merger_list", "multi_modal_projector"),
+    "vision_model": ("vision_model",), "shared": ("shared", "lm_head"),
+}  # fmt: skip
+"""mergekit's modules whose tensors are not called after them."""
+_Names = Mapping[str, Sequence[str]] | None
+"""By model, the tensors that belong to a module."""
 _Call = tuple[Options, tuple[int, ...] | None]
 """Options of a method, and which of the sources it is called on; None for all."""
 
@@ -115,21 +123,18 @@ class _Conversion:
         self.hit: set[tuple[str, str]] = set()
 
     def recipe(self) -> dict[str, Data]:
-        slices = self._slices()
-        parts: list[dict[str, Data]] = []
-        start = 0
-        for position, (slice, modules) in enumerate(slices):
-            part = Part(start, position == 0, position == len(slices) - 1)
-            parts.append(self._slice(slice, modules, part))
-            start += self._length(slice) if len(slices) > 1 else 0
-        self._check_filters()
+        modules = list(self.document.modules)
         found: dict[str, Data] = {}
-        if len(parts) == 1 and "merge" in parts[0]:
-            found |= parts[0]
+        if len(modules) == 1:
+            found |= self._stack(modules[0].slices, modules)
+        elif any(len(module.slices) > 1 or module.slices[0].sources[0].layers for module in modules):
+            found["towers"] = self._towers(modules)
         else:
-            found["stack"] = [_plain(part) for part in parts]
+            found |= self._stack([self._every(modules)], modules)
+        self._check_filters()
+        slices = [slice for module in modules for slice in module.slices]
         if self.document.tokenizer is not None:
-            found["tokenizer"] = self._tokenizer(self.document.tokenizer, [slice for slice, _ in slices])
+            found["tokenizer"] = self._tokenizer(self.document.tokenizer, slices)
         if self.document.chat_template is not None:
             found["chat_template"] = self.document.chat_template
         dtype = self.document.dtype or self._common_dtype(slices)
@@ -137,32 +142,68 @@ class _Conversion:
             found["out"] = {"dtype": dtype}
         return found
 
-    def _slices(self) -> list[tuple[Slice, list[Module]]]:
-        """The slices, each with the modules that it may be part of."""
-        modules = list(self.document.modules)
-        if len(modules) == 1:
-            return [(slice, modules) for slice in modules[0].slices]
-        if any(len(m.slices) > 1 or m.slices[0].sources[0].layers for m in modules):
-            raise UsageError(
-                f"{modules[1].where}: several modules are merged only where each has 'models', not slices. Merge the "
-                "modules one after the other."
-            )
+    def _every(self, modules: Sequence[Module]) -> Slice:
+        """All models of some modules as one slice."""
         every: dict[str, Source] = {}
-        for source in (source for module in modules for source in module.slices[0].sources):
-            every.setdefault(str(source.model), source)
-        return [(replace(modules[0].slices[0], sources=list(every.values())), modules)]
+        for source in (source for module in modules for slice in module.slices for source in slice.sources):
+            every.setdefault(str(source.model), replace(source, layers=None))
+        return replace(modules[0].slices[0], sources=list(every.values()))
+
+    def _stack(self, slices: Sequence[Slice], modules: list[Module], names: _Names = None) -> dict[str, Data]:
+        """Slices as a recipe, of those tensors only that belong to a module where there are several.
+
+        Args:
+            slices: from the bottom to the top.
+            modules: those that their tensors may be part of.
+            names: by model, which of its tensors there are; all if None.
+        """
+        parts: list[dict[str, Data]] = []
+        start = 0
+        for position, slice in enumerate(slices):
+            part = Part(start, position == 0, position == len(slices) - 1)
+            parts.append(self._slice(slice, modules, part, names))
+            start += self._length(slice, names) if len(slices) > 1 else 0
+        return parts[0] if len(parts) == 1 and "merge" in parts[0] else {"stack": [_plain(part) for part in parts]}
+
+    def _towers(self, modules: list[Module]) -> list[Data]:
+        """Modules as recipes of their own, and what belongs to none of them as the last."""
+        every = self._every(modules)
+        opened = {str(model): list(self._open(model)) for model in self.document.models()}
+        groups: dict[str, list[str]] = {}
+        for name in dict.fromkeys(name for names in opened.values() for name in names):
+            groups.setdefault(module_of(name, modules).name, []).append(name)
+        _check_modules(modules, set(groups))
+        found: list[Data] = []
+        hints = [path for module in modules for path in (module.name, *_PATHS.get(module.name, ()))]
+        for key, patterns in cases(groups, hints):
+            inside = set(groups[key])
+            own = {model: [name for name in names if name in inside] for model, names in opened.items()}
+            module = next((m for m in modules if m.name == key), None)
+            if module is not None:
+                made = self._stack(module.slices, [module], own)
+            else:  # of one model, where they are not merged
+                sources = every.sources[:1] if self.document.method == "passthrough" else every.sources
+                rest = Module("", (), {}, every.where)
+                made = self._stack([replace(every, sources=sources)], [rest], own)
+            tower: dict[str, Data] = {"tensors": [*patterns]} if patterns else {}
+            match made:
+                case {"stack": [str(model)]}:
+                    made = {"model": model}
+                case {"stack": [dict(taken)]}:
+                    made = taken
+            found.append(tower | made)
+        return found
 
     # A slice ------------------------------------------------------------------------------------------------
 
-    def _slice(self, slice: Slice, modules: list[Module], part: Part) -> dict[str, Data]:
+    def _slice(self, slice: Slice, modules: list[Module], part: Part, own: _Names) -> dict[str, Data]:
         """A slice as a recipe, or as the one model that it takes unchanged."""
         base, sources = self._order(slice)
-        if self.document.method == "passthrough":
-            groups = self._groups(slice, sources, modules, part)
-            if all(chosen is None and dict(options).get("scale", [1.0]) == [1.0] for options, chosen in groups):
-                return {"": self._input(sources[0])}
-        else:
-            groups = self._groups(slice, sources, modules, part)
+        groups = self._groups(slice, sources, modules, part, own)
+        if self.document.method == "passthrough" and all(
+            chosen is None and dict(options).get("scale", [1.0]) == [1.0] for options, chosen in groups
+        ):
+            return {"": self._input(sources[0])}
         names = _task_names([s.model for s in sources])
         found: dict[str, Data] = {"base": None if base is None else self._input(base)}
         found["experts"] = {name: self._input(source) for name, source in zip(names, sources, strict=True)}
@@ -200,14 +241,14 @@ class _Conversion:
             return first, others
         return None, [first, *others]
 
-    def _length(self, slice: Slice) -> int:
+    def _length(self, slice: Slice, own: _Names) -> int:
         layers = slice.sources[0].layers
-        return layers[1] - layers[0] if layers else depth(self._open(slice.sources[0].model))[1]
+        return layers[1] - layers[0] if layers else depth(self._open(slice.sources[0].model, own))[1]
 
     # Parameters ---------------------------------------------------------------------------------------------
 
     def _groups(
-        self, slice: Slice, sources: Sequence[Source], modules: list[Module], part: Part
+        self, slice: Slice, sources: Sequence[Source], modules: list[Module], part: Part, own: _Names
     ) -> dict[_Call, list[str]]:
         """The tensors of a slice by what the method is called with for them, and on which of the sources."""
         levels = [p for s in sources for p in (s.parameters,)] + [slice.parameters, self.document.parameters]
@@ -216,14 +257,14 @@ class _Conversion:
             return {(self._options(slice, sources, _Tensor("", modules[0], 0.0, [""] * len(sources))), None): [""]}
         groups: dict[_Call, list[str]] = {}
         order = [str(source.model) for source in sources]
-        for tensor in self._tensors(sources, modules, part):
-            own, chosen = sources, None
+        for tensor in self._tensors(sources, modules, part, own):
+            some, chosen = sources, None
             if len(modules) > 1 and tensor.module.slices:
-                own = self._order(tensor.module.slices[0])[1]
-                places = tuple(order.index(str(source.model)) for source in own)
+                some = self._order(tensor.module.slices[0])[1]
+                places = tuple(order.index(str(source.model)) for source in some)
                 chosen = None if places == tuple(range(len(order))) else places
-                tensor = replace(tensor, names=[tensor.name] * len(own))
-            groups.setdefault((self._options(slice, own, tensor), chosen), []).append(tensor.name)
+                tensor = replace(tensor, names=[tensor.name] * len(some))
+            groups.setdefault((self._options(slice, some, tensor), chosen), []).append(tensor.name)
         return groups
 
     def _options(self, slice: Slice, sources: Sequence[Source], tensor: _Tensor) -> Options:
@@ -289,18 +330,18 @@ class _Conversion:
 
     # Tensors ------------------------------------------------------------------------------------------------
 
-    def _tensors(self, sources: Sequence[Source], modules: list[Module], part: Part) -> list[_Tensor]:
+    def _tensors(self, sources: Sequence[Source], modules: list[Module], part: Part, own: _Names) -> list[_Tensor]:
         """All tensors that come out of a slice."""
         views = []
         for source in sources:
-            whole = self._open(source.model)
+            whole = self._open(source.model, own)
             view = some_layers(whole, source.layers, part, label=str(source.model))
             stack, count = depth(whole)
             first = source.layers[0] if source.layers else 0
             views.append((view, stack, first, (source.layers[1] - first) if source.layers else count))
         found = []
         view, stack, _, count = views[0]
-        inside = layers(self._open(sources[0].model).specs)
+        inside = layers(self._open(sources[0].model, own).specs)
         for name in view:
             index = _index(name, stack)
             if sources[0].layers is None:
@@ -311,18 +352,17 @@ class _Conversion:
             else:
                 t = depth_of(index - part.start, count)
                 names = [_moved(name, stack, index - part.start + start) for _, _, start, _ in views]
-            found.append(_Tensor(name, _module_of(name, modules), t, names))
-        for module in modules:
-            if len(modules) > 1 and not any(tensor.module is module for tensor in found):
-                raise UsageError(f"{module.where}: no tensor belongs to a module '{module.name}'.")
+            found.append(_Tensor(name, module_of(name, modules), t, names))
+        if len(modules) > 1:
+            _check_modules(modules, {tensor.module.name for tensor in found})
         return found
 
-    def _open(self, model: Reference) -> Weights:
+    def _open(self, model: Reference, own: _Names = None) -> Weights:
         key = str(model)
         if key not in self.opened:
             source: Input = self._native(model)
             self.opened |= {key: next(iter(open_models([source]).values()))}
-        return self.opened[key]
+        return self.opened[key] if own is None else self.opened[key].only_names(own[key])
 
     def _native(self, model: Reference) -> Input:
         if model.model in self.made:
@@ -367,9 +407,9 @@ class _Conversion:
         plain = node.plain()
         return renamed({"source": plain} if isinstance(plain, str) else plain)
 
-    def _common_dtype(self, slices: Sequence[tuple[Slice, list[Module]]]) -> str | None:
+    def _common_dtype(self, slices: Sequence[Slice]) -> str | None:
         """The type in which all models fit, where that is not the base's own."""
-        models = [m for slice, _ in slices for m in [self._order(slice)[0], *self._order(slice)[1]] if m is not None]
+        models = [m for slice in slices for m in [self._order(slice)[0], *self._order(slice)[1]] if m is not None]
         if len({str(m.model) for m in models}) < 2:
             return None
         opened: list[Weights] = [self._open(m.model) for m in models]
@@ -394,8 +434,9 @@ def _relocated(data: Any, here: Path, there: Path) -> Any:
             found[key] = _relocated(found[key], here, there)
     if "experts" in found:
         found["experts"] = {task: _relocated(at, here, there) for task, at in found["experts"].items()}
-    if "stack" in found:
-        found["stack"] = [_relocated(one, here, there) for one in found["stack"]]
+    for key in ("stack", "towers"):
+        if key in found:
+            found[key] = [_relocated(one, here, there) for one in found[key]]
     return found
 
 
@@ -421,10 +462,24 @@ def _moved(name: str, stack: str, index: int) -> str:
     return f"{stack}.{index}.{name.removeprefix(stack).lstrip('.').partition('.')[2]}"
 
 
-def _module_of(name: str, modules: list[Module]) -> Module:
-    fitting = [m for m in modules if f".{name}".find(f".{m.name}.") >= 0]
+def module_of(name: str, modules: Sequence[Module]) -> Module:
+    """The module that a tensor belongs to, by the longest path that its name holds; one without a name if to none."""
+    if len(modules) == 1:
+        return modules[0]
+    known = {module.name: module for module in modules}
     rest = Module("", (), {}, modules[0].where)
-    return modules[0] if len(modules) == 1 else max(fitting, key=lambda m: len(m.name), default=rest)
+    order = sorted(_PATHS, key=lambda other: other in known)  # of two with the same path the one that is there counts
+    for paths in (known, {path: known.get(other, rest) for other in order for path in _PATHS[other]}):
+        fitting = [path for path in paths if f".{path}." in f".{name}"]
+        if fitting:
+            return paths[max(fitting, key=len)]
+    return rest
+
+
+def _check_modules(modules: Sequence[Module], found: set[str]) -> None:
+    for module in modules:
+        if module.name not in found:
+            raise UsageError(f"{module.where}: no tensor belongs to a module '{module.name}'.")
 
 
 def _near(text: str, parts: set[str]) -> str:
