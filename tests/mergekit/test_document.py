@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from calmerge import CalmergeError, UsageError
 from calmerge._open import merged
 from calmerge._yaml import parse
-from calmerge.mergekit.convert import convert, convert_file, load_mergekit, module_of
+from calmerge.mergekit.convert import convert, convert_file, load_mergekit
 from calmerge.mergekit.document import Module, read_document
+from calmerge.mergekit.modules import module_of
 from calmerge.mergekit.patterns import cases
 from calmerge.mergekit.reference import read_reference
 from calmerge.mergekit.settings import at_depth

@@ -20,6 +20,7 @@ from calmerge._weights import Weights
 from calmerge._yaml import Data, Node, dump, load_documents
 from calmerge.mergekit.document import Document, Module, Parameters, Slice, Source, read_document
 from calmerge.mergekit.methods import default_of, parameters_of, per_model, role_of
+from calmerge.mergekit.modules import PATHS, check_modules, module_of
 from calmerge.mergekit.patterns import cases
 from calmerge.mergekit.patterns import depth as depth_of
 from calmerge.mergekit.reference import Reference, parse_reference
@@ -91,12 +92,6 @@ def _check_places(document: Document, names: Sequence[str], folder: Path) -> Non
     raise_together(list(dict.fromkeys(problems)), CheckpointError)
 
 
-_PATHS = {
-    "text_decoder": ("model", "lm_head", "language_model"), "vision_tower": ("visual", "vision_tower"),
-    "multi_modal_projector": ("visual.merger", "visual.deepstack_merger_list", "multi_modal_projector"),
-    "vision_model": ("vision_model",), "shared": ("shared", "lm_head"),
-}  # fmt: skip
-"""mergekit's modules whose tensors are not called after them."""
 _Names = Mapping[str, Sequence[str]] | None
 """By model, the tensors that belong to a module."""
 _Call = tuple[Options, tuple[int, ...] | None]
@@ -172,9 +167,9 @@ class _Conversion:
         groups: dict[str, list[str]] = {}
         for name in dict.fromkeys(name for names in opened.values() for name in names):
             groups.setdefault(module_of(name, modules).name, []).append(name)
-        _check_modules(modules, set(groups))
+        check_modules(modules, set(groups))
         found: list[Data] = []
-        hints = [path for module in modules for path in (module.name, *_PATHS.get(module.name, ()))]
+        hints = [path for module in modules for path in (module.name, *PATHS.get(module.name, ()))]
         for key, patterns in cases(groups, hints):
             inside = set(groups[key])
             own = {model: [name for name in names if name in inside] for model, names in opened.items()}
@@ -354,7 +349,7 @@ class _Conversion:
                 names = [_moved(name, stack, index - part.start + start) for _, _, start, _ in views]
             found.append(_Tensor(name, module_of(name, modules), t, names))
         if len(modules) > 1:
-            _check_modules(modules, {tensor.module.name for tensor in found})
+            check_modules(modules, {tensor.module.name for tensor in found})
         return found
 
     def _open(self, model: Reference, own: _Names = None) -> Weights:
@@ -460,26 +455,6 @@ def _index(name: str, stack: str) -> int | None:
 
 def _moved(name: str, stack: str, index: int) -> str:
     return f"{stack}.{index}.{name.removeprefix(stack).lstrip('.').partition('.')[2]}"
-
-
-def module_of(name: str, modules: Sequence[Module]) -> Module:
-    """The module that a tensor belongs to, by the longest path that its name holds; one without a name if to none."""
-    if len(modules) == 1:
-        return modules[0]
-    known = {module.name: module for module in modules}
-    rest = Module("", (), {}, modules[0].where)
-    order = sorted(_PATHS, key=lambda other: other in known)  # of two with the same path the one that is there counts
-    for paths in (known, {path: known.get(other, rest) for other in order for path in _PATHS[other]}):
-        fitting = [path for path in paths if f".{path}." in f".{name}"]
-        if fitting:
-            return paths[max(fitting, key=len)]
-    return rest
-
-
-def _check_modules(modules: Sequence[Module], found: set[str]) -> None:
-    for module in modules:
-        if module.name not in found:
-            raise UsageError(f"{module.where}: no tensor belongs to a module '{module.name}'.")
 
 
 def _near(text: str, parts: set[str]) -> str:
