@@ -440,10 +440,11 @@ def held(suite: str) -> Iterator[Cell]:
 
 
 def gates(suite: str) -> Iterator[Cell]:
-    """Singular gates with coefficients on top of TSV-M, as a parametrisation beside `rates`; steps as in `pilot`."""
+    """Singular gates with coefficients on top of TSV-M beside other parametrisations; steps as in `pilot`."""
     for lr in (0.01, 0.03, 0.1):
         yield Cell(suite, "tsv_m", "kl", "gates", lr=lr, hold_out=0.2)
-    yield Cell(suite, "tsv_m", "kl", "layers", hold_out=0.2)
+    for parametrisation in ("layers", "elements", "span"):
+        yield Cell(suite, "tsv_m", "kl", parametrisation, hold_out=0.2)
 
 
 DESIGNS = {

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from calmerge._explain import explanation
 from calmerge._pipe import walk
+from calmerge._recipe_reading import keys_of_a_recipe
 from calmerge._signature import options_of
 from calmerge._yaml import parse
 from calmerge.cli import app
 from calmerge.methods import METHODS
-from calmerge.recipe import _keys_of_a_recipe, load_recipe
+from calmerge.recipe import load_recipe
 from calmerge.report import results
 from calmerge.suites.finetune import Finetune
 from calmerge.suites.suite import Model, SuiteTask, _keys_of_a_suite, load_suite
@@ -49,7 +50,7 @@ def test_the_suite_shown_is_sound(text: str, tmp_path: Path) -> None:
 
 
 def test_every_key_is_described() -> None:
-    assert set(options_of(_keys_of_a_recipe)) <= keys_in_tables("recipes.md")
+    assert set(options_of(keys_of_a_recipe)) <= keys_in_tables("recipes.md")
     described = keys_in_tables("suites.md")
     assert set(options_of(_keys_of_a_suite)) <= described
     for kind in (Model, SuiteTask, Finetune):

@@ -11,7 +11,7 @@ from calmerge._yaml import Node
 from calmerge.suites.suite import located
 
 if TYPE_CHECKING:
-    from calmerge.recipe import Recipe
+    from calmerge._recipe import Recipe
 
 Place = Path | str
 """A path, or a hub id."""

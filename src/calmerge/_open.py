@@ -20,7 +20,7 @@ from calmerge._task_vectors import TaskVectors, task_vectors
 from calmerge._weights import ALL, Memo, Node, Spec, StateDict, Weights, add, digest
 
 if TYPE_CHECKING:
-    from calmerge.recipe import Recipe
+    from calmerge._recipe import Recipe
 
 Opened = Mapping[str, Weights]
 """Whole models by key, with their vocabularies aligned where the recipe wants that."""

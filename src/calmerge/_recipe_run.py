@@ -24,6 +24,7 @@ from calmerge._merged import Merged
 from calmerge._open import open_recipe
 from calmerge._pipe import walk
 from calmerge._plan import plan
+from calmerge._recipe import Recipe
 from calmerge._run import Run
 from calmerge._save import checkpoints_behind, finished_before, hashes, save, to_write, versions
 from calmerge._save_adapter import largest, save_adapter
@@ -31,7 +32,7 @@ from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge._writer import MANIFEST
 from calmerge.methods import METHODS
-from calmerge.recipe import Recipe, build
+from calmerge.recipe import build
 
 if TYPE_CHECKING:
     from calmerge.report.results import Report

@@ -6,9 +6,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from calmerge._pipe import PROVIDED, Methods, Step, read_pipe
+from calmerge._recipe import Recipe
 from calmerge._signature import name_of, options_of
 from calmerge._yaml import Node
-from calmerge.recipe import Recipe
 
 _CASES = "where"  # the step whose cases hold a pipe each, for some of the tensors
 
