@@ -105,7 +105,8 @@ def tried(out: Path, suite: str, name: str, design: Sequence[trials.Trial]) -> l
         if one := read(out, trial):
             bad = {"half": "two half-way back", "loud": "two with logits x 4"}.get(trial.bad, "-")
             told = (f"x {trial.longer}", str(trial.batch or "the suite's"), str(trial.mix or "the method's"))
-            key = (trial.method, str(trial.pool or "all"), str(trial.tasks or "all"), *told, bad)
+            inputs = str(trial.pool or "all") + (f" of {trial.split}" if trial.split else "")
+            key = (trial.method, inputs, str(trial.tasks or "all"), *told, bad)
             found.setdefault(key, []).append(one)
     if not found:
         return []

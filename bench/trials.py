@@ -3,7 +3,7 @@
     python bench/trials.py SUITE DESIGN --out docs/experiments       # goes on where it was interrupted
 
 A trial runs one entry of the league with the suite's options, and is scored on the *validation* split, as in
-`flagship.py`. DESIGN is one of the functions below: `orders` (E2), `pools`, `mixing` and `fills` (E3),
+`flagship.py`. DESIGN is one of the functions below: `orders` (E2), `pools`, `splits`, `mixing` and `fills` (E3),
 `bad_experts` (E4), `heads` (E5), `batches`, `counts` and others.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -60,6 +60,7 @@ class Trial:
         longer: how many times the suite's updates.
         mix: how many times every pool's size is learned from, by mixtures; 1 is the pool, 0 leaves it to the method.
         batch: inputs of a task in each update, with updates for as many examples as the suite says; 0 for its own.
+        split: `train` takes inputs without labels from what the experts were trained on, and not from the pool.
     """
 
     suite: str
@@ -72,6 +73,7 @@ class Trial:
     longer: int = 1
     mix: int = 0
     batch: int = 0
+    split: str = ""
 
     @property
     def key(self) -> str:
@@ -90,6 +92,8 @@ def _run(bench: Bench, trial: Trial) -> dict[str, Any]:
     bad = names[::4] if trial.bad else []
     tvs = bench.tvs.only(names)
     tasks = Tasks(bench.tasks.model, {name: bench.tasks[name] for name in names}, autocast=bench.tasks.autocast)
+    if trial.split == "train":
+        tasks = tasks.with_pools(trained_on(trial.suite, names))
     if trial.pool:
         tasks = tasks.with_pools({t: first(tasks.split(t, "pool"), trial.pool) for t in names})
     if trial.bad == "half":
@@ -142,6 +146,14 @@ def weakened(tvs: cm.TaskVectors, names: list[str]) -> cm.TaskVectors:
     return cm.task_vectors(StateDict({n: tvs.base.read(n) for n in tvs.specs}), experts)
 
 
+def trained_on(name: str, tasks: list[str]) -> dict[str, Any]:
+    """The inputs that the experts of a suite were trained on, by task."""
+    suite = load_suite(name)
+    changed = {task: replace(one, pool=one.train) for task, one in suite.tasks.items()}
+    _, opened = cm.open_suite(replace(suite, tasks=changed), names=tasks)
+    return {task: opened.split(task, "pool") for task in tasks}
+
+
 def first(pool: Examples, n: int) -> Chosen:
     """The first n examples of a pool."""
     return Chosen(pool, torch.arange(min(n, len(pool))))
@@ -178,6 +190,14 @@ def pools(suite: str) -> Iterator[Trial]:
         for method in LEARNING if seed == 0 else LEARNING[1:]:
             for n in (4, 16, 64, 0) if seed == 0 and method == "calm_joint" else (64, 0):
                 yield Trial(suite, method, seed, pool=n)
+
+
+def splits(suite: str) -> Iterator[Trial]:
+    """E3: as many inputs as the pools have, and up to 1,024, of the experts' own training data."""
+    for seed in range(3 if suite == "vision" else 1):
+        for n in (512, 1024):
+            for method in LEARNING if seed == 0 else LEARNING[1:2]:
+                yield Trial(suite, method, seed, pool=n, split="train")
 
 
 def mixing(suite: str) -> Iterator[Trial]:
@@ -261,6 +281,7 @@ DESIGNS = {
     "wudis": wudis,
     "orders": orders,
     "pools": pools,
+    "splits": splits,
     "mixing": mixing,
     "fills": fills,
     "rounds": rounds,
