@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from calmerge import CheckpointError, StateDict, UsageError
 from calmerge._open import merged
+from calmerge._recipe_run import run_recipe
 from calmerge._side_files import config_of, with_edits
 from calmerge._stack import side_by_side, some_layers, stack_layers
 from calmerge._weights import Weights
@@ -103,3 +104,14 @@ def test_a_seed_reaches_the_merges_inside(folders: Path, where: str) -> None:
     assert drawn() != drawn(seed=7)
     inner["seed"] = 3  # a seed of its own stays
     assert drawn() == drawn(seed=7)
+
+
+def test_a_folder_of_towers_tells_what_it_was_made_of(folders: Path) -> None:
+    (folders / "b" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    recipe = recipe_from_dict({"towers": [{"tensors": ["text.*"], "model": "./b"}, "./a"]}, folder=folders)
+    manifest = run_recipe(recipe, out=folders / "out")
+    assert manifest["merged"] == 5
+    found = json.loads((folders / "out" / "report.json").read_text())
+    assert list(found["inputs"]) == ["a", "b"]
+    assert found["title"] == "recipe: 2 towers"
+    assert 'LlamaForCausalLM.from_pretrained("out")' in (folders / "out" / "README.md").read_text()

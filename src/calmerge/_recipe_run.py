@@ -28,6 +28,7 @@ from calmerge._recipe import Recipe
 from calmerge._run import Run
 from calmerge._save import checkpoints_behind, finished_before, hashes, save, to_write, versions
 from calmerge._save_adapter import largest, save_adapter
+from calmerge._side_files import config_of
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Weights
 from calmerge._writer import MANIFEST
@@ -190,7 +191,9 @@ def run_recipe(
             max_memory=recipe.out.max_memory,
             recipe=recipe.to_dict(),
             resume=resume,
-            also=lambda folder: _write_report(_with_inputs(report, recipe, tvs), folder, card=path.name),
+            also=lambda folder: _write_report(
+                _with_inputs(report, recipe, tvs), folder, card=path.name, whole=_architecture(tvs, delta)
+            ),
             run=run,
         )
     if run.folder is None:
@@ -259,9 +262,9 @@ def _report(
     from calmerge.report import results
     from calmerge.report.traces import FrontTrace, SearchTrace
 
-    names = [step.name for step in recipe.merge] or ["stack" if recipe.stack else "towers"]
-    last = recipe.merge[-1].to_data() if recipe.merge else recipe.to_dict()
-    options = last[names[-1]] if isinstance(last, dict) else {}
+    names = [step.name for step in recipe.merge] or [recipe.outline]
+    last = recipe.merge[-1].to_data() if recipe.merge else {}
+    options = last[names[-1]] if isinstance(last, dict) and last else {}
     learns = recipe.needs_tasks()
     transductive = recipe.tasks is not None and recipe.tasks.transductive
     trace = next(iter(run.trace.values()), None)
@@ -269,7 +272,7 @@ def _report(
     row = results.Row(
         method=names[-1],
         label=" > ".join(names),
-        options=options if isinstance(options, dict) else {"cases": options},
+        options=options if isinstance(options, dict) else {},  # cases stand in the recipe
         seed=recipe.seed,
         seconds=seconds,
         data="validation labels" if labelled else "unlabelled pool" if learns else "none",
@@ -279,7 +282,9 @@ def _report(
         trace=trace,
     )
     return results.Report(
-        title=f"{', '.join(tvs.tasks) or Path(recipe.file).stem}: merged with {row.label}",
+        title=f"{', '.join(tvs.tasks)}: merged with {row.label}"
+        if tvs.tasks
+        else f"{Path(recipe.file).stem}: {row.label}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         versions=results.Versions(**_environment()),
@@ -295,8 +300,11 @@ def _with_inputs(report: "Report", recipe: Recipe, tvs: TaskVectors) -> "Report"
     """The report with the hashes of base and experts, which `save` finds beside its writing."""
     from calmerge.report import results
 
-    places = {"base": (key_of(recipe.base) if recipe.base else "none", tvs.base)}
-    places |= {task: (key_of(recipe.experts[task]), weights) for task, weights in tvs.experts.items()}
+    places = {task: (key_of(recipe.experts[task]), weights) for task, weights in tvs.experts.items()}
+    if recipe.base is not None:
+        places = {"base": (key_of(recipe.base), tvs.base)} | places
+    if recipe.parts():
+        places = {Path(one.label).name: (one.label, one) for one in checkpoints_behind(tvs.base)}
     inputs = {
         name: results.Input(label=str(label), blake3=joined(hashes(weights)))
         for name, (label, weights) in places.items()
@@ -304,16 +312,23 @@ def _with_inputs(report: "Report", recipe: Recipe, tvs: TaskVectors) -> "Report"
     return report.model_copy(update={"inputs": inputs})
 
 
-def _write_report(report: "Report", folder: Path, *, card: str | None = None) -> None:
-    """The report as data and as a page, and a model card that calls the folder `card`."""
+def _write_report(report: "Report", folder: Path, *, card: str | None = None, whole: str | None = None) -> None:
+    """The report as data and as a page, and a model card that calls the folder `card` (and `whole` as `model_card`)."""
     from calmerge.report import results
     from calmerge.report.card import model_card
     from calmerge.report.html import write_html
 
     if card is not None:
-        (folder / "README.md").write_text(model_card(report, folder=card))
+        (folder / "README.md").write_text(model_card(report, folder=card, whole=whole))
     results.dump(report, folder / "report.json")
     write_html(report, folder / "report.html")
+
+
+def _architecture(tvs: TaskVectors, delta: Weights | Merged) -> str | None:
+    """The class that loads the merged folder; None where its tasks have heads or patches, or nothing tells."""
+    told = config_of(tvs.base).get("architectures")
+    apart = isinstance(delta, Merged) or any(map(len, tvs.heads.values()))
+    return str(told[0]) if isinstance(told, list) and told and not apart else None
 
 
 def _environment() -> dict[str, str]:

@@ -32,3 +32,19 @@ def test_results_and_commands_of_the_chosen_method(report: Report) -> None:
 def test_card_without_scores_has_no_results(report: Report) -> None:
     bare = report.model_copy(update={"rows": [row.model_copy(update={"scores": {}}) for row in report.rows[2:3]]})
     assert "## Results" not in model_card(bare)
+
+
+def test_a_whole_model_is_loaded_as_it_lies(report: Report) -> None:
+    text = model_card(report, folder="out", whole="WhisperForConditionalGeneration")
+    assert 'WhisperForConditionalGeneration.from_pretrained("out")' in text
+    assert "calmerge export" not in text
+
+
+def test_models_without_tasks_are_called_models(report: Report) -> None:
+    rows = [row.model_copy(update={"scores": {}}) for row in report.rows[2:3]]
+    inputs = {"a": Input(label="./a"), "b": Input(label="./b")}
+    update = {"tasks": [], "rows": rows, "title": "both: 2 towers", "inputs": inputs}
+    text = model_card(report.model_copy(update=update))
+    assert "# both: 2 towers\n" in text
+    assert "One model made from several models" in text
+    assert "Models: `./a`, `./b`." in text

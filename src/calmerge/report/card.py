@@ -14,13 +14,21 @@ AUTO_CLASSES = {
 }
 
 
-def model_card(report: Report, *, label: str | None = None, folder: str = "merged", licence: str | None = None) -> str:
+def model_card(
+    report: Report,
+    *,
+    label: str | None = None,
+    folder: str = "merged",
+    whole: str | None = None,
+    licence: str | None = None,
+) -> str:
     """The model card of one merged model, as Markdown.
 
     Args:
         report: where the model comes from; test scores are printed if its rows have any.
         label: which row's model it is; the first method of the report if None.
         folder: how the text calls the merged folder.
+        whole: the class of transformers that loads the folder, where no task has a head of its own.
         licence: licence identifier of the result; without one the card says what to check.
 
     >>> report = Report(title="Two tasks", created="2026-01-31", tasks=[{"name": "cars"}, {"name": "dtd"}],
@@ -41,20 +49,20 @@ def model_card(report: Report, *, label: str | None = None, folder: str = "merge
     ...
     """
     row = next((row for row in report.methods() if label in (None, row.label)), None)
-    tasks = [task.name for task in report.tasks] or [name for name in report.inputs if name != "base"]
+    tasks = [task.name for task in report.tasks]
     method = row.label if row else (label or "calmerge")
     options = "".join(f", `{name}: {value}`" for name, value in row.options.items()) if row else ""
     seed = f", seed {row.seed}" if row and row.seed is not None else ""
     experts = ", ".join(f"`{found.label}`" for name, found in report.inputs.items() if name != "base")
-    base = report.inputs["base"].label if "base" in report.inputs else "the base"
+    made = f"fine-tuned experts of `{report.inputs['base'].label}`" if "base" in report.inputs else "several models"
     parts = [
         _front_matter(report, licence),
-        f"# {', '.join(tasks) or report.title}: merged with {method}",
-        f"One model made from fine-tuned experts of `{base}` by calmerge {report.versions.calmerge}: {method}{options}"
+        f"# {', '.join(tasks)}: merged with {method}" if tasks else f"# {report.title}",
+        f"One model made from {made} by calmerge {report.versions.calmerge}: {method}{options}"
         f"{seed}. Data seen besides the weights: {row.data if row else 'none'}."
-        + (f" Experts: {experts}." if experts else ""),
+        + (f" {'Experts' if 'base' in report.inputs else 'Models'}: {experts}." if experts else ""),
         _results(report, method),
-        _loading(report, tasks, folder),
+        _loading_whole(whole, folder) if whole else _loading(report, tasks, folder),
         _recipe(report),
         _licence(report, licence),
     ]
@@ -88,6 +96,10 @@ def _results(report: Report, label: str) -> str:
     runs = f"; {found.mean.n} seeds, ± their standard deviation" if found.mean.n > 1 else ""
     stamp = f"split: {split_stamp(report)}{runs}"
     return f"## Results\n\nMean accuracy {found.mean} %{relative} ({stamp}). Accuracy on test data, %:\n\n{table}"
+
+
+def _loading_whole(name: str, folder: str) -> str:
+    return f'## Use\n\n```python\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained("{folder}")\n```'
 
 
 def _loading(report: Report, tasks: list[str], folder: str) -> str:
