@@ -47,4 +47,4 @@ def test_models_without_tasks_are_called_models(report: Report) -> None:
     text = model_card(report.model_copy(update=update))
     assert "# both: 2 towers\n" in text
     assert "One model made from several models" in text
-    assert "Models: `./a`, `./b`." in text
+    assert "Models: `a`, `b`." in text
