@@ -53,6 +53,11 @@ def test_lists_with_one_entry_a_layer_are_put_together() -> None:
     assert found == {"num_hidden_layers": 3, "layer_types": ["x", "y", "z"], "other": [1, 2]}
 
 
+def test_layers_of_models_without_a_configuration_are_counted() -> None:
+    lower, upper = model({"num_hidden_layers": 2}, h=2), StateDict({"h.2.ln.w": torch.zeros(1)})
+    assert config_of(stack_layers([lower, upper])) == {"num_hidden_layers": 3}
+
+
 def test_each_tower_brings_its_number_of_layers() -> None:
     config = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 2}}
     text, vision = model(config, text_h=2), some_layers(model(config, vision_h=2), (0, 1))

@@ -121,11 +121,13 @@ def stack_layers(parts: Sequence[Weights]) -> Weights:
     order = dict.fromkeys([*before, *(n for n in names if n in inside), *names])
     whole = beside(Gathered({name: names[name] for name in order}), parts[0])
     configs = [config_of(part) for part in parts]
+    stack, first = depth(parts[0])
+    count = next((layer.count for layer in inside.values() if layer.stack == stack), 0)
     told: dict[_Place, Any] = {}
-    for section, key in _places(configs[0], *depth(parts[0])):
+    for section, key in _places(configs[0], stack, first):
         each = [_section(config, section).get(key) for config in configs]
-        if all(isinstance(value, int) for value in each):
-            told[section, key] = sum(each)
+        if not isinstance(each[0], list):
+            told[section, key] = count
         elif all(isinstance(value, list) for value in each):
             told[section, key] = [entry for value in each for entry in value or ()]
     return with_config(whole, _changed(configs[0], told))

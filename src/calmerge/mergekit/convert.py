@@ -145,12 +145,12 @@ class _Conversion:
         return replace(modules[0].slices[0], sources=list(every.values()))
 
     def _stack(self, slices: Sequence[Slice], modules: list[Module], names: _Names = None) -> dict[str, Data]:
-        """Slices as a recipe, of those tensors only that belong to a module where there are several.
+        """Slices, from the bottom to the top, as a recipe.
 
         Args:
-            slices: from the bottom to the top.
+            slices: each a merge, or layers of one model.
             modules: those that their tensors may be part of.
-            names: by model, which of its tensors there are; all if None.
+            names: by model, the tensors that there are; all if None.
         """
         parts: list[dict[str, Data]] = []
         start = 0
@@ -312,7 +312,7 @@ class _Conversion:
         for where, text in self.missed:
             if (where, text) not in self.hit:
                 parts = {part for w in self.opened.values() for name in w for part in name.split(".")}
-                raise UsageError(f"{where}: the filter '{text}' fits no tensor. {_near(text, parts)}")
+                raise UsageError(f"{where}: the filter '{text}' fits no tensor. {did_you_mean(text, parts)}")
 
     def _check_sum(self, slice: Slice, options: Mapping[str, Any], tensor: _Tensor) -> None:
         if self.document.method == "linear" and options.get("normalize", True):
@@ -455,10 +455,6 @@ def _index(name: str, stack: str) -> int | None:
 
 def _moved(name: str, stack: str, index: int) -> str:
     return f"{stack}.{index}.{name.removeprefix(stack).lstrip('.').partition('.')[2]}"
-
-
-def _near(text: str, parts: set[str]) -> str:
-    return did_you_mean(text, parts)
 
 
 def _task_names(models: Sequence[Reference]) -> list[str]:
