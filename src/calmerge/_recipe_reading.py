@@ -133,40 +133,42 @@ class _Reading:
         return self.recipe(node, f"{what} ({node.where})")
 
     def _stack(self, node: Node) -> tuple[Input, ...]:
-        stack = node.get("stack")
-        if stack is None:
-            return ()
-        if not stack.is_list() or not stack.value:
-            self.problems.append(
-                f"{stack.where}: 'stack' is a list of slices, as in [{{model: ./a, layers: [0, 8]}}, ...]."
-            )
-            return ()
-        self._check_apart(node, "stack", ("base", "experts", "merge"), "a slice")
-        slices = []
-        for position, one in enumerate(stack.value, 1):
-            self._check_part(one, ("stack", "towers", "tokenizer", "chat_template", "out"), "a slice of a stack")
-            slices.append(self._input(one, f"slice {position}"))
-        return tuple(one for one in slices if one is not None)
+        like = "slices, as in [{model: ./a, layers: [0, 8]}, ...]"
+        found = []
+        for position, one in enumerate(self._parts(node, "stack", "a slice of a stack", like), 1):
+            found.append(self._input(one, f"slice {position}"))
+        return tuple(one for one in found if one is not None)
 
     def _towers(self, node: Node) -> tuple[Tower, ...]:
-        towers = node.get("towers")
-        if towers is None:
-            return ()
-        if not towers.is_list() or not towers.value:
-            self.problems.append(
-                f"{towers.where}: 'towers' is a list of inputs, as in [{{tensors: ['vision.*'], model: ./a}}, ...]."
-            )
-            return ()
-        self._check_apart(node, "towers", ("base", "experts", "merge", "stack"), "a tower")
-        found = []
-        for position, one in enumerate(towers.value, 1):
-            self._check_part(one, ("towers", "tokenizer", "chat_template", "out"), "a tower")
-            if one.get("tensors") is None and position < len(towers.value):
+        like = "inputs, as in [{tensors: ['vision.*'], model: ./a}, ...]"
+        found, parts = [], self._parts(node, "towers", "a tower", like)
+        for position, one in enumerate(parts, 1):
+            if one.get("tensors") is None and position < len(parts):
                 self.problems.append(
                     f"{one.where}: a tower without 'tensors' takes all that are left, so that none comes behind it."
                 )
             found.append(read_tower(one, f"tower {position}", self._input, self.problems))
         return tuple(one for one in found if one is not None)
+
+    def _parts(self, node: Node, key: str, what: str, like: str) -> list[Node]:
+        """The entries of a list that stands in place of base, experts and merge; none if there is no such list."""
+        listed = node.get(key)
+        if listed is None:
+            return []
+        if not listed.is_list() or not listed.value:
+            self.problems.append(f"{listed.where}: '{key}' is a list of {like}.")
+            return []
+        for other in ("base", "experts", "merge", *(["stack"] if key == "towers" else [])):
+            if node.get(other) is not None:
+                self.problems.append(
+                    f"{node.value[other].where}: a recipe has '{key}' or '{other}'; put '{other}' into {what}."
+                )
+        parts: list[Node] = listed.value
+        for one in parts:
+            for inner in ("towers", "tokenizer", "chat_template", "out", *(["stack"] if key == "stack" else [])):
+                if one.get(inner) is not None:
+                    self.problems.append(f"{one.value[inner].where}: {what} cannot have '{inner}' of its own.")
+        return parts
 
     def _tokenizer(
         self, node: Node, base: Input | None, experts: Mapping[str, Input], parts: Sequence[Input]
@@ -199,18 +201,6 @@ class _Reading:
                 )
         parts = {key: value for key, value in parts.items() if key not in misplaced}
         self.problems += check(keys_of_a_recipe, parts, node.lines(), name="recipe", noun="key")
-
-    def _check_apart(self, node: Node, what: str, keys: Sequence[str], place: str) -> None:
-        for key in keys:
-            if node.get(key) is not None:
-                self.problems.append(
-                    f"{node.value[key].where}: a recipe has '{what}' or '{key}'; put '{key}' into {place}."
-                )
-
-    def _check_part(self, node: Node, keys: Sequence[str], what: str) -> None:
-        for key in keys:
-            if node.get(key) is not None:
-                self.problems.append(f"{node.value[key].where}: {what} cannot have '{key}' of its own.")
 
     def _check_inputs(self, node: Node, base: Input | None, experts: Mapping[str, Input], suite: Suite | None) -> None:
         if "merge" not in node.value:
