@@ -38,6 +38,10 @@ PIPES: Mapping[str, Data] = {
     "calm_tsv_m": {"calm": {"inner": "tsv_m"}},
     "distillation_fast": {"distillation": {"inner": "tsv_m", "lr": 1e-3}},
     "wudi_relative": {"wudi": {"lr": "relative"}},
+    "adarank_published": {"adarank": {"lr": 1e-3}},
+    "frank_wolfe_soft_published": {"frank_wolfe_soft": {"lr": 1e-3}},
+    "concrete_task_arithmetic_published": {"concrete_task_arithmetic": {"lr": 1e-3}},
+    "concrete_adamerging_published": {"concrete_adamerging": {"lr": 1e-3, "mask_lr": 1e-3}},
     "realign_average": {"realign_heads": {"inner": "average"}},
     "realign_tsv_m": {"realign_heads": {"inner": "tsv_m"}},
     "realign_calm_joint": {"realign_heads": {"inner": "calm_joint"}},
@@ -269,6 +273,13 @@ def rates(suite: str) -> Iterator[Trial]:
             yield Trial(suite, method, seed, batch=32 if suite == "vision" else 0)
 
 
+def published(suite: str) -> Iterator[Trial]:
+    """Methods whose step was raised to make up for fewer updates, and the same with the published one."""
+    for method in ("adarank", "frank_wolfe_soft", "concrete_task_arithmetic", "concrete_adamerging"):
+        yield Trial(suite, method)
+        yield Trial(suite, f"{method}_published")
+
+
 def wudis(suite: str) -> Iterator[Trial]:
     """WUDI with its published step, which is absolute and made for CLIP, and with one relative to the experts."""
     for method in ("wudi", "wudi_relative"):
@@ -278,6 +289,7 @@ def wudis(suite: str) -> Iterator[Trial]:
 DESIGNS = {
     "budgets": budgets,
     "steps": rates,
+    "published": published,
     "wudis": wudis,
     "orders": orders,
     "pools": pools,
