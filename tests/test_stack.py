@@ -1,6 +1,7 @@
 """Layers under new numbers, towers side by side, and what the configuration says of them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,21 @@ def test_a_seed_reaches_the_merges_inside(folders: Path, where: str) -> None:
     assert drawn() == drawn(seed=7)
 
 
+def test_side_files_are_those_of_the_largest_tower_wherever_it_stands() -> None:
+    small, large = model({"of": "small"}, vision_h=1), model({"of": "large"}, text_h=2)
+    assert config_of(side_by_side([small, large])) == config_of(side_by_side([large, small])) == {"of": "large"}
+
+
+def test_models_of_one_name_are_both_told(folders: Path) -> None:
+    (folders / "other").mkdir()
+    shutil.copytree(folders / "b", folders / "other" / "a")
+    recipe = recipe_from_dict({"towers": [{"tensors": ["text.*"], "model": "./other/a"}, "./a"]}, folder=folders)
+    run_recipe(recipe, out=folders / "out")
+    assert len(json.loads((folders / "out" / "report.json").read_text())["inputs"]) == 2
+
+
 def test_a_folder_of_towers_tells_what_it_was_made_of(folders: Path) -> None:
-    (folders / "b" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (folders / "a" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     recipe = recipe_from_dict({"towers": [{"tensors": ["text.*"], "model": "./b"}, "./a"]}, folder=folders)
     manifest = run_recipe(recipe, out=folders / "out")
     assert manifest["merged"] == 5

@@ -304,7 +304,11 @@ def _with_inputs(report: "Report", recipe: Recipe, tvs: TaskVectors) -> "Report"
     if recipe.base is not None:
         places = {"base": (key_of(recipe.base), tvs.base)} | places
     if recipe.parts():
-        places = {Path(one.label).name: (one.label, one) for one in checkpoints_behind(tvs.base)}
+        behind = checkpoints_behind(tvs.base)
+        ends = Counter(Path(one.label).name for one in behind)
+        for one in behind:
+            name = Path(one.label).name
+            places[name if ends[name] == 1 else one.label] = one.label, one
     inputs = {
         name: results.Input(label=str(label), blake3=joined(hashes(weights)))
         for name, (label, weights) in places.items()

@@ -134,14 +134,15 @@ def stack_layers(parts: Sequence[Weights]) -> Weights:
 
 
 def side_by_side(towers: Sequence[Weights]) -> Weights:
-    """Towers with different names as one model, with the side files of the first, and the number of layers of each.
+    """Towers with different names as one model, with the side files of the largest, and the number of layers of each.
 
     >>> from calmerge import StateDict
     >>> text, vision = StateDict({"text.embed": torch.zeros(1)}), StateDict({"vision.patch": torch.zeros(1)})
     >>> list(side_by_side([text, vision]))
     ['text.embed', 'vision.patch']
     """
-    whole = beside(Gathered({name: (tower, name) for tower in towers for name in tower}), towers[0])
+    largest = max(towers, key=lambda tower: tower.numel)
+    whole = beside(Gathered({name: (tower, name) for tower in towers for name in tower}), largest)
     told: dict[_Place, Any] = {}
     for tower in towers:
         config = config_of(tower)
