@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from calmerge import CheckpointError, StateDict, UsageError
-from calmerge._open import merged
+from calmerge._open import merged, open_recipe
 from calmerge._recipe_run import run_recipe
+from calmerge._save import checkpoints_behind
 from calmerge._side_files import config_of, with_edits
 from calmerge._stack import side_by_side, some_layers, stack_layers
 from calmerge._weights import Weights
@@ -126,11 +127,13 @@ def test_models_of_one_name_are_both_told(folders: Path) -> None:
 
 
 def test_a_folder_of_towers_tells_what_it_was_made_of(folders: Path) -> None:
-    (folders / "a" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    recipe = recipe_from_dict({"towers": [{"tensors": ["text.*"], "model": "./b"}, "./a"]}, folder=folders)
+    (folders / "b" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    towers = [{"tensors": ["text.*"], "model": "./b"}, {"tensors": ["between.*"], "model": "./b"}, "./a"]
+    recipe = recipe_from_dict({"towers": towers}, folder=folders)
+    assert len(checkpoints_behind(open_recipe(recipe).base)) == 2  # b stands in two towers, and is hashed once
     manifest = run_recipe(recipe, out=folders / "out")
     assert manifest["merged"] == 5
     found = json.loads((folders / "out" / "report.json").read_text())
     assert list(found["inputs"]) == ["a", "b"]
-    assert found["title"] == "recipe: 2 towers"
+    assert found["title"] == "recipe: 3 towers"
     assert 'LlamaForCausalLM.from_pretrained("out")' in (folders / "out" / "README.md").read_text()

@@ -272,7 +272,7 @@ def _content(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checkpoints_behind(node: Node) -> list[Checkpoint]:
-    """The checkpoints that a computation reads, each once."""
+    """The checkpoints that a computation reads, each once and whole, whichever of its tensors are read."""
     found: dict[int, Checkpoint] = {}
     seen: set[int] = set()
     waiting: list[Node] = [node]
@@ -281,8 +281,8 @@ def checkpoints_behind(node: Node) -> list[Checkpoint]:
         if id(one) not in seen:
             seen.add(id(one))
             waiting += one.inputs
-            if isinstance(one, Checkpoint):
-                found[id(one)] = one
+            if isinstance(one, Checkpoint) and isinstance(whole := one.uncut, Checkpoint):
+                found[id(whole)] = whole
     return sorted(found.values(), key=lambda c: c.label)
 
 
