@@ -46,7 +46,7 @@ def open_recipe(recipe: "Recipe", opened: Opened | None = None, part: Part = WHO
     if recipe.stack:
         return _finished(_stacked(recipe.parts(), opened))
     if recipe.towers:
-        return _finished(side_by_side([_made(recipe.seeded(one.source), of) for one, of in _apart(recipe, opened)]))
+        return _finished(side_by_side([_made(recipe.part(one.source), of) for one, of in _apart(recipe, opened)]))
     experts = {task: _open_input(source, opened, part) for task, source in recipe.experts.items()}
     base = _open_input(recipe.base, opened, part) if recipe.base is not None else origin(experts)
     tvs = task_vectors(base, experts, exclude=recipe.exclude, heads=recipe.heads, where=recipe.lines)

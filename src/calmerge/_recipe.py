@@ -91,7 +91,7 @@ class Recipe:
 
     def parts(self) -> list[Input]:
         """The slices of the stack, or the towers."""
-        return [self.seeded(one) for one in [*self.stack, *(tower.source for tower in self.towers)]]
+        return [self.part(one) for one in [*self.stack, *(tower.source for tower in self.towers)]]
 
     @property
     def outline(self) -> str:
@@ -104,6 +104,13 @@ class Recipe:
         if isinstance(source, Piece) and isinstance(source.model, Recipe) and source.model.seed is None:
             return replace(source, model=with_seed(source.model, self.seed))
         return with_seed(source, self.seed) if isinstance(source, Recipe) and source.seed is None else source
+
+    def part(self, source: Input) -> Input:
+        """A slice or a tower of this recipe: as `seeded`, and rounded once, to the type that this one has."""
+        part, dtype = self.seeded(source), self.out.dtype
+        if isinstance(part, Recipe) and part.out.dtype is None and dtype is not None:
+            return replace(part, out=replace(part.out, dtype=dtype))
+        return part
 
     def models(self) -> list[Input]:
         """The inputs, those of a slice or a tower in its place where it is a recipe."""

@@ -132,7 +132,9 @@ def test_layers_are_stacked_and_counted_anew(models: Path) -> None:
     assert config_of(found) == {"num_hidden_layers": 4, "layer_types": ["x", "y", "4", "5"], "vocab_size": 2}
 
 
-def test_filters_of_a_model_see_its_own_names_and_those_of_the_merge_the_new_ones(models: Path) -> None:
+def test_filters_of_a_model_see_its_own_names_and_those_of_the_merge_the_new_ones(
+    models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (models / "c.yml").write_text(
         "merge_method: linear\nslices:\n- sources:\n  - {model: a, layer_range: [0, 2]}\n"
         "  - {model: b, layer_range: [0, 2]}\n"
@@ -142,10 +144,34 @@ def test_filters_of_a_model_see_its_own_names_and_those_of_the_merge_the_new_one
         "  parameters: {normalize: [{filter: h.2, value: false}, {value: true}]}\n"
         "parameters: {weight: 1}\n"
     )
-    with pytest.raises(UsageError, match=r"the filter 'h\.2' fits no tensor"):
-        load_mergekit("c.yml")
-    (models / "c.yml").write_text((models / "c.yml").read_text().replace(", {filter: h.2, value: 0}", ""))
     assert merged(load_mergekit("c.yml"))["h.2.mlp.w"][0] == 10 + 3 * 21
+    assert "c.yml:10: the filter 'h.2' has no effect, since it takes no tensor." in caplog.text
+
+
+def test_a_filter_close_to_a_name_is_a_mistake_and_one_that_takes_no_tensor_is_told(
+    models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = "[{filter: '*', value: 1}, {filter: norm, value: 3}, {value: 1}]"
+    (models / "c.yml").write_text(
+        f"merge_method: linear\nmodels: [{{model: a}}, {{model: b}}]\nparameters: {{weight: {entries}}}\n"
+    )
+    merged(load_mergekit("c.yml"))
+    assert "c.yml:3: the filter 'norm' has no effect, since it takes no tensor." in caplog.text
+    (models / "c.yml").write_text((models / "c.yml").read_text().replace("'*'", "nrom"))
+    with pytest.raises(UsageError, match=r"the filter 'nrom' fits no tensor\. Did you mean 'norm'\?"):
+        load_mergekit("c.yml")
+
+
+@pytest.mark.parametrize("out", ["bfloat16", "float32"])
+def test_slices_are_rounded_once_to_the_type_of_the_whole(models: Path, out: str) -> None:
+    for name, step in (("a", 1.0), ("b", 2**-12)):
+        save_file({"h.0.mlp.w": torch.tensor([step], dtype=torch.bfloat16)}, models / name / "model.safetensors")
+    piece = "{sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]}"
+    head = f"merge_method: linear\ndtype: {out}\nparameters: {{weight: 1, normalize: false}}\n"
+    (models / "c.yml").write_text(f"{head}slices: [{piece}, {piece}]\n")
+    found = merged(load_mergekit("c.yml"))["h.1.mlp.w"]
+    assert found.dtype == getattr(torch, out)
+    assert found.item() == (1 if out == "bfloat16" else 1 + 2**-12)
 
 
 def test_integers_are_copied(models: Path) -> None:

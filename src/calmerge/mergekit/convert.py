@@ -1,5 +1,6 @@
 """mergekit's files as recipes: every parameter resolved for every tensor, equal tensors put together again."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from calmerge._errors import CheckpointError, UsageError, did_you_mean
+from calmerge._errors import CheckpointError, UsageError, closest
 from calmerge._inputs import Input, Piece
 from calmerge._layers import layers
 from calmerge._open import open_models
@@ -19,7 +20,7 @@ from calmerge._stack import Part, depth, some_layers
 from calmerge._weights import Weights
 from calmerge._yaml import Data, Node, dump, load_documents
 from calmerge.mergekit.document import Document, Module, Parameters, Slice, Source, read_document
-from calmerge.mergekit.methods import default_of, parameters_of, per_model, role_of
+from calmerge.mergekit.methods import default_of, fault_in, parameters_of, per_model, role_of
 from calmerge.mergekit.modules import PATHS, check_modules, module_of
 from calmerge.mergekit.patterns import cases
 from calmerge.mergekit.patterns import depth as depth_of
@@ -28,6 +29,8 @@ from calmerge.mergekit.settings import Scalar, Setting
 from calmerge.methods.mergekit import MERGEKIT_METHODS
 from calmerge.recipe import Recipe, recipe_from_dict
 from calmerge.suites.suite import located
+
+log = logging.getLogger("calmerge")
 
 Options = tuple[tuple[str, Any], ...]
 """What a method is called with: names and values, as something that can be compared."""
@@ -268,6 +271,8 @@ class _Conversion:
         for key, option in parameters_of(self.document.method).items():
             if not per_model(option):
                 value = self._value(key, above, tensor.name, tensor.t)
+                if isinstance(value, float) and value.is_integer() and fault_in(value, option):
+                    value = int(value)  # a gradient makes numbers of any kind floats
                 if value is None and option.required:
                     raise UsageError(
                         f"{slice.where}: {self.document.method} needs the parameter '{key}'{_for(tensor)}."
@@ -309,10 +314,16 @@ class _Conversion:
                     self.hit.add(place)
 
     def _check_filters(self) -> None:
+        """A filter that takes no tensor is a mistake where a name is close to it, and has no effect otherwise."""
+        names = {name for weights in self.opened.values() for name in weights}
+        parts = {part for name in names for part in name.split(".")}
         for where, text in self.missed:
-            if (where, text) not in self.hit:
-                parts = {part for w in self.opened.values() for name in w for part in name.split(".")}
-                raise UsageError(f"{where}: the filter '{text}' fits no tensor. {did_you_mean(text, parts)}")
+            if (where, text) in self.hit:
+                continue
+            close = [] if any(text in name for name in names) else closest(text, parts)
+            if close:
+                raise UsageError(f"{where}: the filter '{text}' fits no tensor. Did you mean {' or '.join(close)}?")
+            log.warning("%s: the filter '%s' has no effect, since it takes no tensor.", where, text)
 
     def _check_sum(self, slice: Slice, options: Mapping[str, Any], tensor: _Tensor) -> None:
         if self.document.method == "linear" and options.get("normalize", True):
