@@ -184,7 +184,11 @@ class _Reading:
             for one in inner:
                 named: dict[str, Input | None] = {**one.experts, "base": one.base}
                 names |= {task: key_of(at) for task, at in named.items() if at is not None}
-        return read_tokenizer(section, lambda text: names.get(text, str(located(text, self.folder))), self.problems)
+
+        def model_of(text: str) -> str:
+            return names.get(text, str(located(text, self.folder)))
+
+        return read_tokenizer(section, model_of, names.get("base"), self.problems)
 
     # Mistakes -----------------------------------------------------------------------------------------------
 

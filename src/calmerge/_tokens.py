@@ -43,6 +43,7 @@ class TokenizerPlan:
     Attributes:
         source: `union` (the base's tokens, then those of the others), `base`, or a model's key.
         tokens: rules for single tokens.
+        prefer: the key of the model whose row a token gets in models that lack it, where it has one; None is no model.
         pad_to_multiple_of: the embeddings get rows until their number is a multiple of this.
         where: "file:line".
     """
@@ -50,14 +51,15 @@ class TokenizerPlan:
     source: str
     tokens: Mapping[str, TokenRule] = field(default_factory=dict)
     pad_to_multiple_of: int | None = None
+    prefer: str | None = None
     where: str = field(default="", compare=False)
 
 
 def aligned(models: Mapping[str, Weights], plan: TokenizerPlan) -> dict[str, Weights]:
     """The models with one vocabulary: embedding and head of each have one row for each token of the new tokenizer.
 
-    A token that a model lacks gets the base's row, or that of the one model that has it, or the mean of the rows of all
-    that have it, unless `plan.tokens` says otherwise. Rows behind the tokens are the mean of the rows before.
+    A token that a model lacks gets the row of `plan.prefer`, or else the mean of the rows of all that have it, unless
+    `plan.tokens` says otherwise. Rows behind the tokens are the mean of the rows before.
 
     Args:
         models: by key, the base first.
@@ -67,21 +69,23 @@ def aligned(models: Mapping[str, Weights], plan: TokenizerPlan) -> dict[str, Wei
         CheckpointError: a model without `tokenizer.json`, or a rule that names what is not there.
     """
     vocabularies = {key: vocabulary(key, weights) for key, weights in models.items()}
-    first = next(iter(models))
-    chosen = first if plan.source in ("union", "base") else plan.source
-    if chosen not in models:
-        raise CheckpointError(
-            f"{plan.where}: tokenizer: no model of this merge is '{chosen}'. {did_you_mean(chosen, models)}"
-        )
+    chosen = next(iter(models)) if plan.source in ("union", "base") else plan.source
+    for named in (chosen, plan.prefer):
+        if named is not None and named not in models:
+            raise CheckpointError(
+                f"{plan.where}: tokenizer: no model of this merge is '{named}'. {did_you_mean(named, models)}"
+            )
     tokens = dict(vocabularies[chosen])
     end = max(tokens.values(), default=-1) + 1
-    others = [v for key, v in vocabularies.items() if key != chosen] if plan.source == "union" else []
-    for token in [t for v in others for t in sorted(v, key=v.__getitem__)] + list(plan.tokens):
+    others = [key for key in models if key != chosen] if plan.source == "union" else []
+    added = {entry["content"] for key in others for entry in _added(models[key])}
+    union = [token for key in others for token in vocabularies[key]]
+    for token in [*sorted(union, key=added.__contains__), *plan.tokens]:  # words of all models, then what was added
         if token not in tokens:
             tokens[token] = end
             end += 1
     padded = -(-end // (plan.pad_to_multiple_of or 1)) * (plan.pad_to_multiple_of or 1)
-    sources = {token: _sources(token, vocabularies, plan.tokens.get(token), first) for token in tokens}
+    sources = {token: _sources(token, vocabularies, plan.tokens.get(token), plan.prefer) for token in tokens}
     files = _tokenizer(models, vocabularies, chosen, tokens)
     names = {key: _embeddings(key, weights) for key, weights in models.items()}
     result = {}
@@ -105,8 +109,14 @@ def vocabulary(key: str, weights: Weights) -> dict[str, int]:
         )
     known = content["model"].get("vocab", {})
     found = {t: i for i, (t, _) in enumerate(known)} if isinstance(known, list) else dict(known)
-    found |= {added["content"]: added["id"] for added in content.get("added_tokens", [])}
+    found |= {entry["content"]: entry["id"] for entry in _added(weights)}
     return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _added(weights: Weights) -> list[dict[str, Any]]:
+    """The tokens that a model's tokenizer looks for before it cuts a text into words."""
+    found: list[dict[str, Any]] = json_file(weights, "tokenizer.json").get("added_tokens", [])
+    return found
 
 
 # Where rows come from -------------------------------------------------------------------------------------------
@@ -116,13 +126,13 @@ Row = tuple[str, int]
 
 
 def _sources(
-    token: str, vocabularies: Mapping[str, Mapping[str, int]], rule: TokenRule | None, first: str
+    token: str, vocabularies: Mapping[str, Mapping[str, int]], rule: TokenRule | None, prefer: str | None
 ) -> list[Row]:
     """The rows whose mean stands for a token in models that lack it; none stands for zeros."""
     having = [(key, v[token]) for key, v in vocabularies.items() if token in v]
     if rule is not None:
         return _ruled(token, vocabularies, rule)
-    return [(first, vocabularies[first][token])] if token in vocabularies[first] else having
+    return [row for row in having if row[0] == prefer] or having
 
 
 def _ruled(token: str, vocabularies: Mapping[str, Mapping[str, int]], rule: TokenRule) -> list[Row]:
@@ -230,11 +240,7 @@ def _tokenizer(
         return files
     content = json_file(models[chosen], "tokenizer.json")
     known = content["model"].get("vocab")
-    special = {
-        entry["content"]: entry
-        for weights in models.values()
-        for entry in json_file(weights, "tokenizer.json").get("added_tokens", [])
-    }
+    special = {entry["content"]: entry for weights in models.values() for entry in _added(weights)}
     new: list[dict[str, Any]] = []
     for token, i in added.items():
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
@@ -243,6 +249,8 @@ def _tokenizer(
         else:
             known[token] = i  # a word of another model's own vocabulary; as an added token it would cut words apart
     content["added_tokens"] = [*content.get("added_tokens", []), *new]
+    if isinstance(known, dict):  # one that is not among the words would be numbered anew, from their number on
+        known |= {entry["content"]: entry["id"] for entry in content["added_tokens"]}
     settings = json_file(models[chosen], "tokenizer_config.json")
     if "added_tokens_decoder" in settings:
         settings["added_tokens_decoder"] |= {
@@ -260,16 +268,19 @@ def _tokenizer(
 # Reading --------------------------------------------------------------------------------------------------------
 
 
-def read_tokenizer(node: Node, model_of: Callable[[str], str], problems: list[str]) -> TokenizerPlan | None:
+def read_tokenizer(
+    node: Node, model_of: Callable[[str], str], base: str | None, problems: list[str]
+) -> TokenizerPlan | None:
     """The plan that a `tokenizer:` section writes, the same in recipes and in mergekit's files.
 
     Args:
         node: text (the source), or `{source, tokens, pad_to_multiple_of}`.
         model_of: from a model as it is written to its key.
+        base: the key of the base, if there is one, which is preferred.
         problems: gets one sentence for each mistake.
     """
     if isinstance(node.value, str):
-        return TokenizerPlan(_source(node.value, model_of), where=node.where)
+        return TokenizerPlan(_source(node.value, model_of), prefer=base, where=node.where)
     if not node.is_mapping():
         problems.append(f"{node.where}: 'tokenizer' is union, base, a model, or {{source: union, tokens: ...}}.")
         return None
@@ -287,6 +298,7 @@ def read_tokenizer(node: Node, model_of: Callable[[str], str], problems: list[st
         _source(source.value if source is not None else "union", model_of),
         rules,
         node.value["pad_to_multiple_of"].value if "pad_to_multiple_of" in node.value else None,
+        model_of(node.value["prefer"].value) if "prefer" in node.value else base,
         node.where,
     )
 
@@ -325,7 +337,11 @@ def _read_rule(token: str, node: Node, model_of: Callable[[str], str], problems:
 
 
 def _keys_of_a_tokenizer(
-    *, source: str = "union", tokens: Mapping[str, Any] | None = None, pad_to_multiple_of: Count | None = None
+    *,
+    source: str = "union",
+    tokens: Mapping[str, Any] | None = None,
+    pad_to_multiple_of: Count | None = None,
+    prefer: str = "base",
 ) -> None:
     """The keys of a `tokenizer:` section, in a form that `check` can read."""
 

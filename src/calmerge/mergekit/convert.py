@@ -411,7 +411,11 @@ class _Conversion:
             return found
 
         plain = node.plain()
-        return renamed({"source": plain} if isinstance(plain, str) else plain)
+        found = renamed({"source": plain} if isinstance(plain, str) else plain)
+        preferred = names.get(str(self.document.base), "base")
+        if preferred != "base" and isinstance(found, dict):
+            found["prefer"] = preferred
+        return found
 
     def _common_dtype(self, slices: Sequence[Slice]) -> str | None:
         """The type in which all models fit, where that is not the base's own."""
