@@ -49,15 +49,6 @@ class MissingExtra(CalmergeError, ImportError):
 _NAMED = 10  # of more than a hundred known names, those that a message tells
 
 
-def closest(name: str, known: Iterable[str]) -> list[str]:
-    """Up to three known names that are close to one, in quotes.
-
-    >>> closest("tise", ["ties", "dare", "calm"])
-    ["'ties'"]
-    """
-    return [f"'{one}'" for one in difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.6)]
-
-
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence with the closest known names.
 
@@ -67,8 +58,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     'Known: dare, ties.'
     """
     known = sorted(set(known))
-    close = closest(name, known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
-        return "Did you mean " + " or ".join(close) + "?"
+        return "Did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     more = f" and {len(known) - _NAMED} more" if len(known) > 100 else ""
     return "Known: " + ", ".join(known[:_NAMED] if more else known) + more + "."

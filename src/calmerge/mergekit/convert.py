@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from calmerge._errors import CheckpointError, UsageError, closest
+from calmerge._errors import CheckpointError, UsageError, did_you_mean
 from calmerge._inputs import Input, Piece
 from calmerge._layers import layers
 from calmerge._open import open_models
@@ -314,15 +314,14 @@ class _Conversion:
                     self.hit.add(place)
 
     def _check_filters(self) -> None:
-        """A filter that takes no tensor is a mistake where a name is close to it, and has no effect otherwise."""
-        names = {name for weights in self.opened.values() for name in weights}
-        parts = {part for name in names for part in name.split(".")}
+        """A filter that fits no tensor of any model is a mistake; one that fits some, but none here, has no effect."""
+        names = {name for weights in self.opened.values() for name in weights} | {"lm_head"}  # a tied one is not stored
         for where, text in self.missed:
             if (where, text) in self.hit:
                 continue
-            close = [] if any(text in name for name in names) else closest(text, parts)
-            if close:
-                raise UsageError(f"{where}: the filter '{text}' fits no tensor. Did you mean {' or '.join(close)}?")
+            if self.opened and not any(text in name for name in names):
+                parts = {part for name in names for part in name.split(".")}
+                raise UsageError(f"{where}: the filter '{text}' fits no tensor. {did_you_mean(text, parts)}")
             log.warning("%s: the filter '%s' has no effect, since it takes no tensor.", where, text)
 
     def _check_sum(self, slice: Slice, options: Mapping[str, Any], tensor: _Tensor) -> None:
