@@ -14,7 +14,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -440,11 +440,18 @@ def held(suite: str) -> Iterator[Cell]:
 
 
 def gates(suite: str) -> Iterator[Cell]:
-    """Singular gates with coefficients on top of TSV-M beside other parametrisations; steps as in `pilot`."""
-    for lr in (0.01, 0.03, 0.1):
-        yield Cell(suite, "tsv_m", "kl", "gates", lr=lr, hold_out=0.2)
-    for parametrisation in ("layers", "elements", "span"):
-        yield Cell(suite, "tsv_m", "kl", parametrisation, hold_out=0.2)
+    """Singular gates with coefficients on top of TSV-M beside other parametrisations, steps as in `pilot`.
+
+    With a held-out share and few updates as the other cells, then with all inputs and the updates of `calm_joint`.
+    """
+    for budget in (
+        Cell(suite, "tsv_m", "kl", "gates", hold_out=0.2),
+        Cell(suite, "tsv_m", "kl", "gates", steps=240, pool=512),
+    ):
+        for lr in (0.01, 0.03, 0.1):
+            yield replace(budget, lr=lr)
+        for parametrisation in ("layers", "elements", "span"):
+            yield replace(budget, parametrisation=parametrisation)
 
 
 DESIGNS = {

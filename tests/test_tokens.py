@@ -79,3 +79,10 @@ def test_without_a_base_it_has_the_mean_of_all_rows_unless_one_model_is_preferre
 def test_the_model_that_is_preferred_has_to_be_one_of_them(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no model of this merge is '.*/four'"):
         made(folder, ["one", "two"], prefer="./four")
+
+
+@pytest.mark.parametrize("number", [-1, 5, 10**30])
+def test_a_row_that_a_rule_numbers_has_to_be_there(folder: Path, number: int) -> None:
+    tokens = {"a": {"source": {"kind": "model_token", "model": "two", "token_id": number}}}
+    with pytest.raises(CheckpointError, match=r"has 5 rows, so token_id is from 0 to 4; got"):
+        made(folder, ["one", "two"], tokens=tokens)

@@ -1,7 +1,7 @@
 """Vocabularies: one tokenizer for models that have several, with the rows of their embeddings put in its order."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,9 +85,10 @@ def aligned(models: Mapping[str, Weights], plan: TokenizerPlan) -> dict[str, Wei
             tokens[token] = end
             end += 1
     padded = -(-end // (plan.pad_to_multiple_of or 1)) * (plan.pad_to_multiple_of or 1)
+    names = {key: _embeddings(key, weights) for key, weights in models.items()}
+    _check_rows({key: _rows(weights, names[key]) for key, weights in models.items()}, plan.tokens.values())
     sources = {token: _sources(token, vocabularies, plan.tokens.get(token), plan.prefer) for token in tokens}
     files = _tokenizer(models, vocabularies, chosen, tokens)
-    names = {key: _embeddings(key, weights) for key, weights in models.items()}
     result = {}
     for key, weights in models.items():
         table = _table(key, vocabularies[key], tokens, sources, plan.tokens, end)
@@ -133,6 +134,17 @@ def _sources(
     if rule is not None:
         return _ruled(token, vocabularies, rule)
     return [row for row in having if row[0] == prefer] or having
+
+
+def _check_rows(sizes: Mapping[str, int], rules: Iterable[TokenRule]) -> None:
+    """Every row that a rule numbers is there."""
+    for rule in rules:
+        size = sizes.get(rule.model or "")
+        if size is not None and rule.token_id is not None and not 0 <= rule.token_id < size:
+            raise CheckpointError(
+                f"{rule.where}: tokenizer: '{rule.model}' has {size} rows, so token_id is from 0 to {size - 1}; got "
+                f"{rule.token_id}."
+            )
 
 
 def _ruled(token: str, vocabularies: Mapping[str, Mapping[str, int]], rule: TokenRule) -> list[Row]:

@@ -69,6 +69,8 @@ def refusal(text: str) -> str:
         ("gate_mode: hidden\nexperts: []", "Mixtures of experts (mergekit-moe) are not made here"),
         (HEAD + "tokenizer: {source: union}\ntokenizer_source: base", "c.yml:5: a merge has 'tokenizer' or"),
         (HEAD + "parameters: {weight: [{filter: x}]}", "c.yml:5: an entry of a list of filters is"),
+        ("merge_method: []\nmodels: [{model: ./a}]", "c.yml:1: no merge_method is called '[]'."),
+        ("merge_method: karcher\nmodels: [{model: null}]", "c.yml:2: an entry of models needs the key 'model'."),
     ],
 )
 def test_each_mistake_names_its_line(text: str, says: str) -> None:

@@ -163,7 +163,7 @@ class _Reading:
             self.method, modules, base, parameters, dtype, tokenizer, template, self._text(node, "name"), node.where
         )
         if not self.problems:
-            for slice in [s for m in modules for s in m.slices]:
+            for slice in [s for m in modules for s in m.slices if s.sources]:
                 self._check_models(slice, document)
         return document if not self.problems else None
 
@@ -173,8 +173,8 @@ class _Reading:
             self.problems.append(
                 f"{node.where}: the key 'merge_method' is missing. {did_you_mean('', MERGEKIT_METHODS)}"
             )
-        elif stated.value not in MERGEKIT_METHODS:
-            text = str(stated.value)
+        elif not isinstance(stated.value, str) or stated.value not in MERGEKIT_METHODS:
+            text = str(stated.plain())
             plain = text.replace("-", "_").lower()
             hint = f"Did you mean '{plain}'?" if plain in MERGEKIT_METHODS else did_you_mean(text, MERGEKIT_METHODS)
             self.problems.append(f"{stated.where}: no merge_method is called '{text}'. {hint}")
@@ -253,8 +253,9 @@ class _Reading:
             self.problems.append(f"{node.where}: {what} is {{model: PATH, parameters: ...}}, got {node.plain()!r}.")
             return []
         self._keys(node, known, what)
-        model = self._reference(node.get("model"))
-        if node.get("model") is None:
+        stated = node.get("model")
+        model = self._reference(stated)
+        if stated is None or stated.value is None:
             self.problems.append(f"{node.where}: {what} needs the key 'model'.")
         layers = self._layer_range(node) if sliced else None
         parameters = self._parameters(node.get("parameters"), of_model=True)
