@@ -135,6 +135,23 @@ def test_full_tensors_may_be_left_out_but_not_silently(tmp_path: Path) -> None:
     assert config(tmp_path / "out")["modules_to_save"] is None
 
 
+def test_modules_that_are_saved_are_whole_and_one_with_a_new_bias_alone_keeps_that(tmp_path: Path) -> None:
+    """PEFT asks for every tensor of a module in `modules_to_save`."""
+    base = {f"{module}.{leaf}": torch.ones(3) for module in ("norm", "q") for leaf in ("weight", "bias")}
+    moved = {"norm.weight": torch.zeros(3), "q.bias": torch.zeros(3)}
+    extract_lora(base, base | moved, tmp_path / "out")
+    said = config(tmp_path / "out")
+    assert (said["modules_to_save"], said["bias"]) == (["norm"], "all")
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.removeprefix("base_model.model."): t[0].item() for name, t in stored.items()} == {
+        "norm.weight": 0, "norm.bias": 1, "q.bias": 0
+    }  # fmt: skip
+    again = adapted(base, tmp_path / "out")
+    assert {name: t[0].item() for name, t in again.items()} == {
+        "norm.weight": 0, "norm.bias": 1, "q.weight": 1, "q.bias": 0
+    }  # fmt: skip
+
+
 def test_tensors_that_did_not_move_are_no_part_of_it(tmp_path: Path) -> None:
     tuned = dict(BASE) | {"model.q.weight": expert()["model.q.weight"]}
     extract_lora(BASE, tuned, tmp_path / "out", rank=2)

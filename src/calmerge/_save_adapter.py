@@ -129,6 +129,7 @@ def save_adapter(
                 for size in ahead(pool, make, names, 2 * threads):
                     bar.advance(size)
         make.add_heads()
+        make.complete()
         if not make.tensors:
             raise CheckpointError("nothing to write: the merge changes no tensor that an adapter can hold.")
         config = make.config()
@@ -260,6 +261,18 @@ class _Maker:
                     self._keep(name, self._kind(name, head=True), value, float(value.double().norm()))
                 else:
                     self.rows[f"{task}: {name}"] = Written(name, "left out", None, 0.0, 1.0, 0.0, f"head of '{task}'")
+
+    def complete(self) -> None:
+        """Whole modules where PEFT replaces them; those of which the bias alone has changed are kept as biases."""
+        for name in self._tvs.base.specs:
+            module, full = self._module(name), self._full_name(name)
+            if module not in self._saved or full in self.tensors:
+                continue
+            if name.endswith(".weight"):
+                self._saved.remove(module)
+                self._biases = True
+            elif name.endswith(".bias"):
+                self.tensors[full] = self._whole.read(name).to(self._dtype).clone()
 
     def config(self) -> dict[str, Any]:
         """`adapter_config.json`: that of the first adapter where there is one, with ranks and scales of our own."""
