@@ -501,3 +501,24 @@ def test_routed_and_realigned_merges_are_scored_by_what_they_run(method: str, ti
     assert "of the experts" in table
     done = call("export", tmp_path / "merged", "--task", "shapes", "--out", tmp_path / "shapes")
     assert done.exit_code == (2 if realigned else 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["bench", "text", "--methods", "tise"], "no method is called 'tise'. Did you mean 'ties' or 'fisher'?"),
+        (["bench", "text", "--out", "taken/out"], "nothing can be written into taken/out: Not a directory."),
+        (["demo", "--out", "taken/out"], "nothing can be written into taken/out: Not a directory."),
+    ],
+)
+def test_what_would_fail_after_a_suite_was_made_fails_before(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*_: object, **__: object) -> None:
+        raise AssertionError("a suite is made")
+
+    monkeypatch.setattr("calmerge.suites.prepare.prepare", prepare)
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("a file")
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.output) == (2 if "tise" in arguments else 1, f"error: {says}\n")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from calmerge._errors import CalmergeError, UsageError
+from calmerge._errors import CalmergeError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from calmerge._run import Run
@@ -223,7 +223,9 @@ def bench(
     table goes to the terminal, to report.csv and to report.html. Rows that are finished are kept in the folder and used
     again, so that a method added later runs alone.
     """
+    from calmerge._entries import entries_of
     from calmerge.league import run_bench
+    from calmerge.report.results import check_writable
     from calmerge.suites.prepare import prepare
     from calmerge.suites.suite import load_suite
 
@@ -231,8 +233,10 @@ def bench(
     loaded = load_suite(suite)
     names = _names(tasks, loaded.tasks, "task")
     wanted = _names(methods, None, "method")
-    prepare(loaded, names, run=run)
     folder = out or Path(f"bench-{loaded.name}")
+    entries_of(wanted)
+    check_writable(folder)  # both before a suite is made, which takes long
+    prepare(loaded, names, run=run)
     report = run_bench(
         loaded,
         methods=wanted,
@@ -374,12 +378,15 @@ def convert(
     differ from tensor to tensor. Paths start where you are, so keep the recipe here, or give it a place with --out.
     """
     from calmerge.mergekit import convert_file
+    from calmerge.report.results import write_text
 
+    if out is not None and out.exists():
+        raise OutputError(f"'{out}' is there already; name another file, or remove it.")
     text = convert_file(file, out=out)
     if out is None:
         typer.echo(text, nl=False)
     else:
-        out.write_text(text)
+        write_text(out, text)
         typer.echo(f"wrote the recipe to {out}")
 
 

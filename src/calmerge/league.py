@@ -76,6 +76,7 @@ def run_bench(
     Raises:
         UsageError: an unknown method.
         CheckpointError, DataError: the suite cannot be opened.
+        OutputError: nothing can be written into `out`.
     """
     from calmerge.report.html import write_html
     from calmerge.tasks.hf import open_suite
@@ -84,6 +85,7 @@ def run_bench(
     entries = entries_of(methods)
     names = list(tasks or suite.tasks)[: 4 if quick else None]
     seeds = list(seeds)[: 1 if quick else None]
+    results.check_writable(out)
     tvs, opened = open_suite(suite, names=names, run=run)
     league = _League(suite, tvs, opened, out, run, quick)
     skeleton = _report(suite, tvs, opened, seeds, quick, command)

@@ -298,6 +298,20 @@ def dump(report: Report, path: str | Path) -> Path:
     return write_text(path, dumps(report))
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder for reports, before any work is done that it is to hold.
+
+    Raises:
+        OutputError: it cannot be made, or nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"nothing can be written into {folder}: {error.strerror}.") from None
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text under a temporary name, then rename: no half-written file ever stands at `path`.
 

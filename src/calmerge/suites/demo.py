@@ -29,11 +29,14 @@ def run_demo(*, out: Path, run: Run | None = None) -> "Report":
 
     Raises:
         DataError: a package cannot be fetched.
+        OutputError: nothing can be written into `out`.
     """
     from calmerge.league import run_bench
+    from calmerge.report.results import check_writable
     from calmerge.suites.prepare import prepare
 
     run = run or Run()
+    check_writable(out)
     suite = load_suite("text")
     prepare(suite, TASKS, run=run)
     small = replace(
