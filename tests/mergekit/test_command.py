@@ -56,7 +56,7 @@ def test_a_converted_recipe_is_printed_or_written() -> None:
 def test_convert_writes_over_no_file_and_says_where_it_cannot_write() -> None:
     assert "'config.yml' is there already" in call("convert", "config.yml", "--out", "config.yml", code=1)
     assert Path("config.yml").read_text() == CONFIG
-    assert "cannot be written: Not a directory" in call("convert", "config.yml", "--out", "config.yml/r", code=1)
+    assert "config.yml/r cannot be written" in call("convert", "config.yml", "--out", "config.yml/r", code=1)
 
 
 def test_validate_and_the_dry_run_know_the_dialect() -> None:
