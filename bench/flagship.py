@@ -30,8 +30,10 @@ from calmerge._weights import StateDict
 from calmerge.fitting import Pool, credible, entropy, expert_kl, feature_distance, pseudo_label
 from calmerge.fitting.gates import singular_gates
 from calmerge.fitting.joint import Schedule, fit_jointly
+from calmerge.fitting.orthogonal import Orthogonal
 from calmerge.fitting.parametrise import (
     Parametrisation,
+    by_matrix,
     element_coefficients,
     element_masks,
     layer_coefficients,
@@ -41,6 +43,7 @@ from calmerge.fitting.parametrise import (
 )
 from calmerge.fitting.targets import expert_logits
 from calmerge.methods import METHODS
+from calmerge.pieces.matrices import is_matrix
 from calmerge.tasks.base import Outputs
 
 Run = TypeVar("Run")
@@ -50,7 +53,7 @@ STARTS: Mapping[str, Callable[[cm.TaskVectors], cm.Weights]] = {
     "average": cm.average,
     **{name: METHODS[name] for name in ("tsv_m", "iso_c", "cart", "wudi") if name in METHODS},
 }
-LR = {"layers": 0.1, "elements": 0.03, "masks": 0.9, "span": 0.03, "offset": 1e-3, "gates": 0.1}
+LR = {"layers": 0.1, "elements": 0.03, "masks": 0.9, "span": 0.03, "offset": 1e-3, "gates": 0.1, "matrices": 0.02}
 """Step sizes of Adam by parametrisation, of least held-out loss in the design `pilot` on vision; also used on text."""
 DISTILLATION_LR = 3e-4
 """Of the weights themselves, from TSV-M on both suites (design `rates`)."""
@@ -168,14 +171,18 @@ class Bench:
         if steps == 0 or cell.objective == "none":
             return start
         objective = {"entropy": entropy, "hard": pseudo_label, "kl": expert_kl, "features": _kl_and_features}
+        parametrisation = _parametrisation(cell, start, tvs, self.out / "triples")
+        lr = cell.lr or LR[cell.parametrisation]
+        whole = [is_matrix(name, p.dim()) for name, p in parametrisation.start.items()]
         fitted = fit_jointly(
-            _parametrisation(cell, start, tvs, self.out / "triples"),
+            parametrisation,
             objective[cell.objective],
             self.pools(cell, seen),
-            Schedule(steps, cell.lr or LR[cell.parametrisation], cell.batch, cell.hold_out, cell.seed, cell.balance),
+            Schedule(steps, lr, cell.batch, cell.hold_out, cell.seed, cell.balance),
             tvs=self.tvs,
             tasks=self.tasks,
             features=cell.objective == "features",
+            optimizer=partial(Orthogonal, matrices=whole, lr=lr) if cell.parametrisation == "matrices" else None,
             run=run,
             label="fit",
             key=cell.key,
@@ -212,6 +219,8 @@ def _parametrisation(cell: Cell, start: StateDict, tvs: cm.TaskVectors, folder: 
         return singular_gates(start, tvs, folder, keep=0.16, coefficient=0.0)
     if cell.parametrisation == "span":
         return span(start, materialise(reach(tvs)), limit=cell.limit)
+    if cell.parametrisation == "matrices":
+        return span(start, materialise(by_matrix(reach(tvs))))
     if cell.parametrisation == "offset":
         return span(start, materialise(moved(tvs)))
     shapes = {"layers": layer_coefficients, "elements": element_coefficients, "masks": element_masks}
@@ -454,6 +463,17 @@ def gates(suite: str) -> Iterator[Cell]:
             yield replace(budget, parametrisation=parametrisation)
 
 
+def orthogonal(suite: str) -> Iterator[Cell]:
+    """Orthogonal updates of matrices (Muon) beside Adam's of entries, with all inputs and `calm_joint`'s updates."""
+    adam = Cell(suite, "tsv_m", "kl", "span", steps=240 if suite == "vision" else 160, pool=512)
+    for lr in (0.01, 0.02, 0.04):
+        yield replace(adam, parametrisation="matrices", lr=lr)
+    for seed in range(3 if suite == "vision" else 1):
+        yield replace(adam, seed=seed)
+        if seed:
+            yield replace(adam, parametrisation="matrices", lr=0.02, seed=seed)
+
+
 DESIGNS = {
     "pilot": pilot,
     "factorial": factorial,
@@ -465,6 +485,7 @@ DESIGNS = {
     "rates": rates,
     "held": held,
     "gates": gates,
+    "orthogonal": orthogonal,
     "settled": settled,
 }
 

@@ -28,6 +28,7 @@ from flagship import (
     halved,
     held,
     levers,
+    orthogonal,
     pool,
     rates,
     settled,
@@ -56,7 +57,13 @@ def main() -> None:
     for suite, name, design, factors in FACTORIALS:
         lines += fraction(out, suite, name, list(design(suite)), factors)
     for suite in suites:
-        for name, chosen in (("levers", levers), ("pool", pool), ("rates", rates), ("gates", gates)):
+        for name, chosen in (
+            ("levers", levers),
+            ("pool", pool),
+            ("rates", rates),
+            ("gates", gates),
+            ("orthogonal", orthogonal),
+        ):
             lines += listed(out, suite, name, list(chosen(suite)))
         for name, design in trials.DESIGNS.items():
             lines += tried(out, suite, name, list(design(suite)))
@@ -90,10 +97,11 @@ def listed(out: Path, suite: str, name: str, design: Sequence[Cell]) -> list[str
     lines += ["| what moves | step size | limit | balanced | pool | seed | mean | worst task | held-out loss |"]
     lines += ["| :-- | --: | --: | :-- | :-- | --: | --: | --: | --: |"]
     for cell, found in cells:
+        held_out = f"{found['held_out']:.3f}" if cell.hold_out else "-"
         lines.append(
             f"| {cell.parametrisation} | {cell.lr or LR[cell.parametrisation]:g} | {cell.limit or '-'} "
             f"| {'yes' if cell.balance else 'no'} | {cell.bad_pool or cell.pool} | {cell.seed} "
-            f"| {found['normalised']:.1f} | {found['worst']:.1f} | {found['held_out']:.3f} |"
+            f"| {found['normalised']:.1f} | {found['worst']:.1f} | {held_out} |"
         )
     return [*lines, ""]
 

@@ -31,6 +31,20 @@ class Stateful(Protocol):
         """Go on from what `state_dict` gave."""
 
 
+class Optimizer(Stateful, Protocol):
+    """A torch optimizer, or what can stand for one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Its step sizes stand here, under `lr`."""
+
+    def step(self) -> Any:
+        """One update by the gradients."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+
 @dataclass
 class Fitted:
     """Parameters after the last update (or the best ones, with `Watch`), and what was seen on the way.
@@ -82,7 +96,7 @@ def fit(
     gradient: Gradient,
     *,
     base: Weights,
-    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    optimizer: Callable[[list[Tensor]], Optimizer],
     steps: int,
     penalty: Callable[[str, Params], Tensor] | None = None,
     observe: Callable[[Params], Mapping[str, float]] | None = None,

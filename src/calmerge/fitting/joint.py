@@ -1,16 +1,17 @@
 """Fitting one delta to all tasks at once: a parametrisation, an objective with targets, and label-free stopping."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from calmerge._errors import DataError
 from calmerge._run import Run
 from calmerge._task_vectors import TaskVectors, materialise
 from calmerge._weights import StateDict
-from calmerge.fitting.fit import Watch, cosine, empty, fit, write
+from calmerge.fitting.fit import Optimizer, Watch, cosine, empty, fit, write
 from calmerge.fitting.parametrise import Parametrisation
 from calmerge.fitting.samplers import Pool, shuffled
 from calmerge.tasks.base import Batch, Objective, Tasks
@@ -45,6 +46,7 @@ def fit_jointly(
     tvs: TaskVectors,
     tasks: Tasks,
     features: bool = False,
+    optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
     run: Run | None = None,
     label: str,
     key: str,
@@ -59,6 +61,7 @@ def fit_jointly(
         tvs: gives base, tasks and names.
         tasks: the model and its data.
         features: whether the objective takes `Outputs`.
+        optimizer: from the parameters to what moves them, in place of Adam with the schedule's step size.
         run: progress and resumable state.
         label: names the progress bar and the state's file.
         key: describes everything that decides the result.
@@ -88,7 +91,7 @@ def fit_jointly(
             scale=scale,
         ),
         base=tvs.base,
-        optimizer=partial(torch.optim.Adam, lr=schedule.lr),
+        optimizer=optimizer or partial(torch.optim.Adam, lr=schedule.lr),
         steps=schedule.steps,
         schedule=cosine(schedule.steps),
         watch=_watch(objective, held, tasks, features, scale, schedule.steps) if schedule.hold_out else None,
