@@ -35,6 +35,8 @@ from flagship import (
 )
 
 Cells = Sequence[Mapping[str, Any]]
+LISTED = {"levers": levers, "pool": pool, "rates": rates, "gates": gates, "orthogonal": orthogonal}
+"""Designs of which the cells are told one by one."""
 FACTORIALS = (
     ("vision", "factorial", factorial, FACTORS),
     ("vision", "halved", halved, HALVED),
@@ -57,13 +59,7 @@ def main() -> None:
     for suite, name, design, factors in FACTORIALS:
         lines += fraction(out, suite, name, list(design(suite)), factors)
     for suite in suites:
-        for name, chosen in (
-            ("levers", levers),
-            ("pool", pool),
-            ("rates", rates),
-            ("gates", gates),
-            ("orthogonal", orthogonal),
-        ):
+        for name, chosen in LISTED.items():
             lines += listed(out, suite, name, list(chosen(suite)))
         for name, design in trials.DESIGNS.items():
             lines += tried(out, suite, name, list(design(suite)))
