@@ -33,7 +33,6 @@ from calmerge.fitting.joint import Schedule, fit_jointly
 from calmerge.fitting.orthogonal import Orthogonal
 from calmerge.fitting.parametrise import (
     Parametrisation,
-    by_matrix,
     element_coefficients,
     element_masks,
     layer_coefficients,
@@ -53,7 +52,16 @@ STARTS: Mapping[str, Callable[[cm.TaskVectors], cm.Weights]] = {
     "average": cm.average,
     **{name: METHODS[name] for name in ("tsv_m", "iso_c", "cart", "wudi") if name in METHODS},
 }
-LR = {"layers": 0.1, "elements": 0.03, "masks": 0.9, "span": 0.03, "offset": 1e-3, "gates": 0.1, "matrices": 0.02}
+LR = {
+    "layers": 0.1,
+    "elements": 0.03,
+    "masks": 0.9,
+    "span": 0.03,
+    "offset": 1e-3,
+    "gates": 0.1,
+    "matrices": 0.02,
+    "muon": 0.01,
+}
 """Step sizes of Adam by parametrisation, of least held-out loss in the design `pilot` on vision; also used on text."""
 DISTILLATION_LR = 3e-4
 """Of the weights themselves, from TSV-M on both suites (design `rates`)."""
@@ -182,7 +190,9 @@ class Bench:
             tvs=self.tvs,
             tasks=self.tasks,
             features=cell.objective == "features",
-            optimizer=partial(Orthogonal, matrices=whole, lr=lr) if cell.parametrisation == "matrices" else None,
+            optimizer=partial(Orthogonal, matrices=whole, lr=lr)
+            if cell.parametrisation in ("matrices", "muon")
+            else None,
             run=run,
             label="fit",
             key=cell.key,
@@ -217,10 +227,8 @@ def _parametrisation(cell: Cell, start: StateDict, tvs: cm.TaskVectors, folder: 
     if cell.parametrisation == "gates":
         folder.mkdir(exist_ok=True)
         return singular_gates(start, tvs, folder, keep=0.16, coefficient=0.0)
-    if cell.parametrisation == "span":
+    if cell.parametrisation in ("span", "muon"):
         return span(start, materialise(reach(tvs)), limit=cell.limit)
-    if cell.parametrisation == "matrices":
-        return span(start, materialise(by_matrix(reach(tvs))))
     if cell.parametrisation == "offset":
         return span(start, materialise(moved(tvs)))
     shapes = {"layers": layer_coefficients, "elements": element_coefficients, "masks": element_masks}
@@ -464,14 +472,11 @@ def gates(suite: str) -> Iterator[Cell]:
 
 
 def orthogonal(suite: str) -> Iterator[Cell]:
-    """Orthogonal updates of matrices (Muon) beside Adam's of entries, with all inputs and `calm_joint`'s updates."""
+    """Orthogonal updates of matrices beside Adam's of entries, with all inputs and `calm_joint`'s updates."""
     adam = Cell(suite, "tsv_m", "kl", "span", steps=240 if suite == "vision" else 160, pool=512)
-    for lr in (0.01, 0.02, 0.04):
-        yield replace(adam, parametrisation="matrices", lr=lr)
     for seed in range(3 if suite == "vision" else 1):
         yield replace(adam, seed=seed)
-        if seed:
-            yield replace(adam, parametrisation="matrices", lr=0.02, seed=seed)
+        yield replace(adam, parametrisation="muon", seed=seed)
 
 
 DESIGNS = {

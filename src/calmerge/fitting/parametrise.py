@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from calmerge._task_vectors import TaskVectors
-from calmerge._weights import Computed, Site, Weights
+from calmerge._weights import Computed, Weights
 from calmerge.fitting.fit import Params
 from calmerge.pieces.blend import summed
-from calmerge.pieces.matrices import is_matrix
 
 
 @dataclass(frozen=True)
@@ -109,21 +108,6 @@ def reach(tvs: TaskVectors) -> Weights:
     tensor([2.])
     """
     return tvs.reduce(lambda tau, site: summed(tau.abs()))
-
-
-def by_matrix(reach: Weights) -> Weights:
-    """A reach that is the same for all entries of a matrix that any expert moved: its root mean square.
-
-    >>> from calmerge import StateDict
-    >>> by_matrix(StateDict({"w": torch.tensor([[3.0, 0.0], [4.0, 0.0]]), "b": torch.tensor([1.0, 2.0])}))["w"]
-    tensor([[2.5000, 0.0000],
-            [2.5000, 0.0000]])
-    """
-
-    def evened(r: Tensor, site: Site) -> Tensor:
-        return (r > 0) * r.square().mean().sqrt() if is_matrix(site.name, r.dim()) else r
-
-    return _whole(evened, reach)
 
 
 def moved(tvs: TaskVectors) -> Weights:
