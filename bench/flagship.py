@@ -52,16 +52,7 @@ STARTS: Mapping[str, Callable[[cm.TaskVectors], cm.Weights]] = {
     "average": cm.average,
     **{name: METHODS[name] for name in ("tsv_m", "iso_c", "cart", "wudi") if name in METHODS},
 }
-LR = {
-    "layers": 0.1,
-    "elements": 0.03,
-    "masks": 0.9,
-    "span": 0.03,
-    "offset": 1e-3,
-    "gates": 0.1,
-    "matrices": 0.02,
-    "muon": 0.01,
-}
+LR = {"layers": 0.1, "elements": 0.03, "masks": 0.9, "span": 0.03, "offset": 1e-3, "gates": 0.1, "muon": 0.05}
 """Step sizes of Adam by parametrisation, of least held-out loss in the design `pilot` on vision; also used on text."""
 DISTILLATION_LR = 3e-4
 """Of the weights themselves, from TSV-M on both suites (design `rates`)."""
