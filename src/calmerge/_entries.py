@@ -107,6 +107,7 @@ ENTRIES: Mapping[str, Entry] = {
     "searched": Entry("TIES, searched", {"searched": {"inner": "ties", "space": SPACE, "examples": 64}}),
     "calm": Entry("CALM", "calm"),
     "calm_joint": Entry("CALM, joint", "calm_joint"),
+    "calm_joint_muon": Entry("CALM, joint, Muon", {"calm_joint": {"optimizer": "muon", "lr": 0.05}}),
     "distillation": Entry("Distillation", "distillation"),
     "distillation_tsv_m": Entry("Distillation, TSV-M", {"distillation": {"inner": "tsv_m"}}),
     "distillation_iso_c": Entry("Distillation, Iso-C", {"distillation": {"inner": "iso_c"}}),
