@@ -30,7 +30,7 @@ from calmerge._weights import StateDict
 from calmerge.fitting import Pool, credible, entropy, expert_kl, feature_distance, pseudo_label
 from calmerge.fitting.gates import singular_gates
 from calmerge.fitting.joint import Schedule, fit_jointly
-from calmerge.fitting.orthogonal import Orthogonal
+from calmerge.fitting.orthogonal import orthogonal
 from calmerge.fitting.parametrise import (
     Parametrisation,
     element_coefficients,
@@ -42,7 +42,6 @@ from calmerge.fitting.parametrise import (
 )
 from calmerge.fitting.targets import expert_logits
 from calmerge.methods import METHODS
-from calmerge.pieces.matrices import is_matrix
 from calmerge.tasks.base import Outputs
 
 Run = TypeVar("Run")
@@ -171,17 +170,15 @@ class Bench:
             return start
         objective = {"entropy": entropy, "hard": pseudo_label, "kl": expert_kl, "features": _kl_and_features}
         parametrisation = _parametrisation(cell, start, tvs, self.out / "triples")
-        lr = cell.lr or LR[cell.parametrisation]
-        whole = [is_matrix(name, p.dim()) for name, p in parametrisation.start.items()]
         fitted = fit_jointly(
             parametrisation,
             objective[cell.objective],
             self.pools(cell, seen),
-            Schedule(steps, lr, cell.batch, cell.hold_out, cell.seed, cell.balance),
+            Schedule(steps, cell.lr or LR[cell.parametrisation], cell.batch, cell.hold_out, cell.seed, cell.balance),
             tvs=self.tvs,
             tasks=self.tasks,
             features=cell.objective == "features",
-            optimizer=partial(Orthogonal, matrices=whole, lr=lr) if cell.parametrisation == "muon" else None,
+            optimizer=orthogonal(parametrisation.start) if cell.parametrisation == "muon" else torch.optim.Adam,
             run=run,
             label="fit",
             key=cell.key,
@@ -460,7 +457,7 @@ def gates(suite: str) -> Iterator[Cell]:
             yield replace(budget, parametrisation=parametrisation)
 
 
-def orthogonal(suite: str) -> Iterator[Cell]:
+def optimizers(suite: str) -> Iterator[Cell]:
     """Orthogonal updates of matrices beside Adam's of entries, with all inputs and `calm_joint`'s updates."""
     adam = Cell(suite, "tsv_m", "kl", "span", steps=240 if suite == "vision" else 160, pool=512)
     for seed in range(3 if suite == "vision" else 1):
@@ -479,7 +476,7 @@ DESIGNS = {
     "rates": rates,
     "held": held,
     "gates": gates,
-    "orthogonal": orthogonal,
+    "optimizers": optimizers,
     "settled": settled,
 }
 

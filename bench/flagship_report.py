@@ -28,14 +28,14 @@ from flagship import (
     halved,
     held,
     levers,
-    orthogonal,
+    optimizers,
     pool,
     rates,
     settled,
 )
 
 Cells = Sequence[Mapping[str, Any]]
-LISTED = {"levers": levers, "pool": pool, "rates": rates, "gates": gates, "orthogonal": orthogonal}
+LISTED = {"levers": levers, "pool": pool, "rates": rates, "gates": gates, "optimizers": optimizers}
 """Designs of which the cells are told one by one."""
 FACTORIALS = (
     ("vision", "factorial", factorial, FACTORS),

@@ -43,8 +43,8 @@ class TokenizerPlan:
     Attributes:
         source: `union` (the base's tokens, then those of the others), `base`, or a model's key.
         tokens: rules for single tokens.
-        prefer: the key of the model whose row a token gets in models that lack it, where it has one; None is no model.
         pad_to_multiple_of: the embeddings get rows until their number is a multiple of this.
+        prefer: the key of the model whose row a token gets in models that lack it, where it has one; None is no model.
         where: "file:line".
     """
 

@@ -223,29 +223,21 @@ def bench(
     table goes to the terminal, to report.csv and to report.html. Rows that are finished are kept in the folder and used
     again, so that a method added later runs alone.
     """
-    from calmerge._entries import entries_of
     from calmerge.league import run_bench
-    from calmerge.report.results import check_writable
-    from calmerge.suites.prepare import prepare
     from calmerge.suites.suite import load_suite
 
-    run = _run(quiet)
     loaded = load_suite(suite)
     names = _names(tasks, loaded.tasks, "task")
-    wanted = _names(methods, None, "method")
     folder = out or Path(f"bench-{loaded.name}")
-    entries_of(wanted)
-    check_writable(folder)  # both before a suite is made, which takes long
-    prepare(loaded, names, run=run)
     report = run_bench(
         loaded,
-        methods=wanted,
+        methods=_names(methods, None, "method"),
         seeds=range(seeds),
         transductive=transductive,
         quick=quick,
         tasks=names,
         command=_command(),
-        run=run,
+        run=_run(quiet),
         out=folder,
     )
     _show().report(report, folder, as_json=as_json)

@@ -62,7 +62,7 @@ def run_bench(
     reason in the report, stops nothing, and is tried again next time.
 
     Args:
-        suite: its base, experts and data must be there (see `calmerge.suites.prepare`).
+        suite: what is not there of its base, experts and data is made (see `calmerge.suites.prepare`).
         methods: names of `ENTRIES` or of methods; all entries when None.
         seeds: for methods that draw.
         transductive: let every method that learns run a second time on the test inputs, without their labels, in a
@@ -75,10 +75,11 @@ def run_bench(
 
     Raises:
         UsageError: an unknown method.
-        CheckpointError, DataError: the suite cannot be opened.
+        CheckpointError, DataError: the suite cannot be made or opened.
         OutputError: nothing can be written into `out`.
     """
     from calmerge.report.html import write_html
+    from calmerge.suites.prepare import prepare
     from calmerge.tasks.hf import open_suite
 
     run = run or Run()
@@ -86,6 +87,7 @@ def run_bench(
     names = list(tasks or suite.tasks)[: 4 if quick else None]
     seeds = list(seeds)[: 1 if quick else None]
     results.check_writable(out)
+    prepare(suite, names, run=run)
     tvs, opened = open_suite(suite, names=names, run=run)
     league = _League(suite, tvs, opened, out, run, quick)
     skeleton = _report(suite, tvs, opened, seeds, quick, command)

@@ -29,9 +29,9 @@ def test_no_update_is_its_start(toy: Any) -> None:
         assert all(torch.equal(ours[n], start[n]) for n in ours)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_every_task_comes_nearer_to_its_expert(toy: Any, optimizer: Any) -> None:
-    delta = calm_joint(toy.tvs, tasks=toy.tasks, steps=60, lr=0.05, optimizer=optimizer)
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon", "lr": 0.05}])
+def test_every_task_comes_nearer_to_its_expert(toy: Any, options: Any) -> None:
+    delta = calm_joint(toy.tvs, tasks=toy.tasks, steps=60, **options)
     before, after = distance(toy, tsv_m(toy.tvs)), distance(toy, delta)
     assert sum(after.values()) < 0.7 * sum(before.values())
     assert all(after[t] < before[t] for t in after)

@@ -5,7 +5,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from calmerge._errors import DataError
 from calmerge._run import Run
@@ -21,7 +20,7 @@ class Schedule(NamedTuple):
     """How long and how fast a joint fit goes; methods have arguments of the same names.
 
     Attributes:
-        steps: updates with Adam, its step size falling to 0 along a cosine.
+        steps: updates, the step size falling to 0 along a cosine.
         lr: the step size at first.
         batch: examples of each task in every update.
         hold_out: share of every pool on which the best update is chosen; 0 takes the last.
@@ -46,7 +45,7 @@ def fit_jointly(
     tvs: TaskVectors,
     tasks: Tasks,
     features: bool = False,
-    optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
+    optimizer: Callable[..., Optimizer] = torch.optim.Adam,
     run: Run | None = None,
     label: str,
     key: str,
@@ -61,7 +60,7 @@ def fit_jointly(
         tvs: gives base, tasks and names.
         tasks: the model and its data.
         features: whether the objective takes `Outputs`.
-        optimizer: from the parameters to what moves them, in place of Adam with the schedule's step size.
+        optimizer: from the parameters and `lr` to what moves them.
         run: progress and resumable state.
         label: names the progress bar and the state's file.
         key: describes everything that decides the result.
@@ -91,7 +90,7 @@ def fit_jointly(
             scale=scale,
         ),
         base=tvs.base,
-        optimizer=optimizer or partial(torch.optim.Adam, lr=schedule.lr),
+        optimizer=partial(optimizer, lr=schedule.lr),
         steps=schedule.steps,
         schedule=cosine(schedule.steps),
         watch=_watch(objective, held, tasks, features, scale, schedule.steps) if schedule.hold_out else None,

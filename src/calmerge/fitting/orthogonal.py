@@ -1,10 +1,14 @@
 """Updates of whole matrices: what moves a matrix is made orthogonal, so that no few directions take it all."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from calmerge.fitting.fit import Params
+from calmerge.pieces.matrices import is_matrix
 
 
 class Orthogonal:
@@ -63,3 +67,13 @@ class Orthogonal:
         """Go on from what `state_dict` gave."""
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
+
+
+def orthogonal(start: Params) -> partial[Orthogonal]:
+    """What makes the optimizer of a fit from `start` whose parameters have tensors' names and shapes.
+
+    >>> optim = orthogonal({"fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)})
+    >>> optim.keywords
+    {'matrices': [True, False]}
+    """
+    return partial(Orthogonal, matrices=[is_matrix(name, p.dim()) for name, p in start.items()])

@@ -1,7 +1,8 @@
 """CALM, joint: all tasks agree at once, in the span of their experts, from a spectral start."""
 
-from functools import partial
 from typing import Annotated, Literal
+
+import torch
 
 from calmerge._run import Run
 from calmerge._signature import Count, Interval, Positive, Seed, check, raise_together
@@ -9,11 +10,10 @@ from calmerge._task_vectors import Merge, TaskVectors, materialise
 from calmerge._weights import Weights
 from calmerge.fitting.joint import Schedule, fit_jointly
 from calmerge.fitting.objectives import expert_kl
-from calmerge.fitting.orthogonal import Orthogonal
+from calmerge.fitting.orthogonal import orthogonal
 from calmerge.fitting.parametrise import reach, span
 from calmerge.fitting.targets import expert_pools
 from calmerge.methods.tsv_m import tsv_m
-from calmerge.pieces.matrices import is_matrix
 from calmerge.tasks.base import Tasks
 from calmerge.tasks.mixing import mixed
 
@@ -25,9 +25,9 @@ def calm_joint(
     inner: Merge | None = None,
     steps: Annotated[int, Interval(0)] = 300,
     lr: Positive = 0.03,
-    optimizer: Literal["adam", "muon"] = "adam",
     batch: Count = 16,
     fill: Annotated[int, Interval(0)] = 2048,
+    optimizer: Literal["adam", "muon"] = "adam",
     seed: Seed = 0,
     run: Run | None = None,
 ) -> Weights:
@@ -49,11 +49,11 @@ def calm_joint(
         inner: the merge it starts from; TSV-Merge when None.
         steps: updates; the step size falls to 0 along a cosine.
         lr: the step size at first, in units of the reach r of every entry: no entry's scale decides.
-        optimizer: `adam`, or `muon`: orthogonal updates of matrices, in which no few directions take all. On validation
-            splits `muon`, at a step size of 0.05, was far better on images and worse on texts (docs/experiments).
         batch: inputs of every task in each update.
         fill: pools with fewer inputs than a quarter of it are filled up with mixtures (`calmerge.tasks.mixing`); 0
             takes them as they are.
+        optimizer: `adam`, or `muon`: orthogonal updates of matrices, in which no few directions take all. On validation
+            splits `muon`, at a step size of 0.05, was far better on images and worse on texts (docs/experiments).
         seed: with the task and the update it decides which inputs are drawn, and with their number what is mixed.
         run: progress, resumable state, and the trace.
 
@@ -71,19 +71,19 @@ def calm_joint(
     Source: calmerge's own, after Yan, Xu, Jia, Zhang et al., "CALM: Consensus-Aware Localized Merging for Multi-Task
     Learning", ICML 2025. A candidate: docs/experiments tells what its parts have been shown to bring, and what not yet.
     """
-    options = {"steps": steps, "lr": lr, "optimizer": optimizer, "batch": batch, "fill": fill, "seed": seed}
+    options = {"steps": steps, "lr": lr, "batch": batch, "fill": fill, "optimizer": optimizer, "seed": seed}
     raise_together(check(calm_joint, {"tasks": tasks, **options}))
     tvs, tasks = tvs.to(tasks.device), mixed(tasks, fill, seed=seed)
     start = materialise((inner or tsv_m)(tvs))
-    matrices = [is_matrix(name, len(spec.shape)) for name, spec in start.specs.items()]
+    parametrisation = span(start, materialise(reach(tvs)))
     return fit_jointly(
-        span(start, materialise(reach(tvs))),
+        parametrisation,
         expert_kl,
         expert_pools(tvs, tasks, run=run),
         Schedule(steps, lr, batch, seed=seed, balance=True),
         tvs=tvs,
         tasks=tasks,
-        optimizer=partial(Orthogonal, matrices=matrices, lr=lr) if optimizer == "muon" else None,
+        optimizer=orthogonal(parametrisation.start) if optimizer == "muon" else torch.optim.Adam,
         run=run,
         label="calm_joint",
         key=f"{options}{tvs.fingerprint}{start.fingerprint}",

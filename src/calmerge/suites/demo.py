@@ -32,13 +32,8 @@ def run_demo(*, out: Path, run: Run | None = None) -> "Report":
         OutputError: nothing can be written into `out`.
     """
     from calmerge.league import run_bench
-    from calmerge.report.results import check_writable
-    from calmerge.suites.prepare import prepare
 
-    run = run or Run()
-    check_writable(out)
     suite = load_suite("text")
-    prepare(suite, TASKS, run=run)
     small = replace(
         suite,
         title="calmerge demo: four text tasks on MiniLM",
