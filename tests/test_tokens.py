@@ -1,3 +1,5 @@
+"""One vocabulary for models that have several: which ids tokens get, and which rows."""
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import Unigram, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from calmerge._errors import CheckpointError
@@ -17,8 +19,8 @@ from calmerge._weights import Weights
 from calmerge.recipe import recipe_from_dict
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(params=["WordLevel", "Unigram"])  # which keep their words as a mapping and as a list
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """Models whose rows are [their number, id]: words, then special tokens behind them."""
     models: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         "one": ("ab", ["<s>", "<x>"]),
@@ -26,8 +28,11 @@ def folder(tmp_path: Path) -> Path:
         "three": ("bcd", ["<s>"]),
     }
     for number, (name, (words, special)) in enumerate(models.items(), 1):
-        vocabulary = {word: i for i, word in enumerate(["<unk>", *words])}
-        tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+        known = ["<unk>", *words]
+        if request.param == "WordLevel":
+            tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
+        else:
+            tokenizer = Tokenizer(Unigram([(word, -1.0) for word in known], unk_id=0))
         tokenizer.pre_tokenizer = Whitespace()
         tokenizer.add_special_tokens([AddedToken(one, special=True) for one in special])
         rows = torch.tensor([[float(number), float(i)] for i in range(tokenizer.get_vocab_size())])
