@@ -107,17 +107,8 @@ def save(
             files |= _write_head(folder, tvs, task, head)
         if card:
             (folder / "README.md").write_text(card)
-        manifest = {
-            "calmerge": own_version(),
-            "versions": versions(),
-            "recipe": recipe,
-            "inputs": hashed(),
-            "merged": len(patched.specs if patched else vector.specs if tvs.tasks else tvs.base),
-            "not_merged": tvs.skipped,
-            "tasks": list(tvs.tasks),
-            "hash": ALGORITHM,
-            "files": files | side,
-        }
+        merged = len(patched.specs if patched else vector.specs if tvs.tasks else tvs.base)
+        manifest = provenance(tvs, recipe, hashed(), merged) | {"hash": ALGORITHM, "files": files | side}
         if patched:
             manifest["heads"] = patched.heads
             manifest["storage"] = storage(patched, tvs.base, tvs.experts)
@@ -126,6 +117,28 @@ def save(
         if also is not None:
             also(folder)
     return manifest
+
+
+def provenance(
+    tvs: TaskVectors, recipe: Mapping[str, Any] | None, inputs: Mapping[str, Any], merged: int
+) -> dict[str, Any]:
+    """What a manifest says of where its folder comes from.
+
+    Args:
+        tvs: the task vectors that were merged.
+        recipe: what was done with them, where that is known.
+        inputs: hashes of their files.
+        merged: how many tensors came of them.
+    """
+    return {
+        "calmerge": own_version(),
+        "versions": versions(),
+        "recipe": recipe,
+        "inputs": inputs,
+        "merged": merged,
+        "not_merged": tvs.skipped,
+        "tasks": list(tvs.tasks),
+    }
 
 
 def to_write(

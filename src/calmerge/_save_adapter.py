@@ -20,7 +20,7 @@ from calmerge._lora import Adapted, adapted, config_of, stored_in_out, tied
 from calmerge._measure import ahead, workers
 from calmerge._products import Products
 from calmerge._run import Run
-from calmerge._save import check_apart, check_resume, input_hashes, key_of, own_version, versions
+from calmerge._save import check_apart, check_resume, input_hashes, key_of, provenance
 from calmerge._signature import Count, KeepFraction, check, raise_together
 from calmerge._task_vectors import TaskVectors, task_vectors
 from calmerge._weights import Weights, add, blocks, digest
@@ -139,14 +139,7 @@ def save_adapter(
         if kept:
             kept.clear()
         rows = [make.rows[n] for n in [*delta, *(n for n in make.rows if n not in delta)] if n in make.rows]
-        manifest = {
-            "calmerge": own_version(),
-            "versions": versions(),
-            "recipe": recipe,
-            "inputs": input_hashes(tvs),
-            "merged": len(delta),
-            "not_merged": tvs.skipped,
-            "tasks": list(tvs.tasks),
+        manifest = provenance(tvs, recipe, input_hashes(tvs), len(delta)) | {
             "modules": [asdict(row) for row in rows],
             "hash": ALGORITHM,
             "files": {file: hash_of(folder / file) for file in ("adapter_model.safetensors", CONFIG)},
