@@ -1,6 +1,6 @@
 """Concrete masks: relaxed Bernoulli draws that a gradient goes through, and their bi-level fit (Tang et al., 2023)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -124,21 +124,17 @@ def learn_masks(
     """
     lam = coefficients.clone().requires_grad_()
     adam = torch.optim.Adam([lam], lr=draw.inner_lr)  # its state outlives the resets, as in the official code
-    column = {name: i for i, name in enumerate(tvs.specs)}
     drawn: dict[str, Tensor] = {}
     theta = empty(tvs, coefficients.device)
 
     def merged(params: Params, used: Tensor, moving: Sequence[str]) -> Weights:
-        def mix(tau: Tensor, site: Site) -> Tensor:
-            own = used[:, column[site.name]] if used.dim() == 2 else used
-            blended: Tensor = torch.tensordot(own.clamp(0, 1) if clamp else own, tau, dims=1)
+        def masks(tensor: str) -> Iterator[Tensor]:
             for part in parts:
-                x = params[f"{part}/{site.name}"]
-                x = x if part in moving else x.detach()
-                blended = blended * concrete_mask(x, drawn[f"{part}/{site.name}"], temperature=draw.temperature)
-            return blended
+                name = f"{part}/{tensor}"
+                x = params[name] if part in moving else params[name].detach()
+                yield concrete_mask(x, drawn[name], temperature=draw.temperature)
 
-        return tvs.reduce(mix, elementwise=False)
+        return _blended(tvs, used, masks, clamp=clamp)
 
     def before(step: int, params: Params) -> None:
         drawn.update({name: noise(x, draw.seed, "mask", step, name) for name, x in params.items()})
@@ -176,6 +172,22 @@ def learn_masks(
         label=label,
         key=key,
     )
+
+
+def _blended(
+    tvs: TaskVectors, coefficients: Tensor, masks: Callable[[str], Iterable[Tensor]], *, clamp: bool
+) -> Weights:
+    """Of every tensor the sum of lambda_t tau_t, times its masks; lambda is [T] or [T, tensors]."""
+    column = {name: i for i, name in enumerate(tvs.specs)}
+
+    def mix(tau: Tensor, site: Site) -> Tensor:
+        own = coefficients[:, column[site.name]] if coefficients.dim() == 2 else coefficients
+        blended: Tensor = torch.tensordot(own.clamp(0, 1) if clamp else own, tau, dims=1)
+        for mask in masks(site.name):
+            blended = blended * mask
+        return blended
+
+    return tvs.reduce(mix, elementwise=False)
 
 
 def _scaled(soft: Tensor) -> Tensor:

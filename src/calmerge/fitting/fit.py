@@ -158,18 +158,19 @@ def fit(
     run.trained.append(sum(p.numel() for p in params.values()))
     optim = optimizer(list(params.values()))
     rates = [group["lr"] for group in optim.param_groups]
-    state = run.folder / f"{label.replace(' ', '-')}.state.pt" if run.folder else None
     fitted, first = Fitted(params), 0
     best = _Best(watch, params, fitted) if watch else None
     stateful = {**(companions or {}), "optimizer": optim, **({"best": best} if best else {})}
-    if state and state.is_file():
-        first = _load(state, key, params, stateful, fitted, steps)
-        run.earlier.append(fitted.seconds)
+    state = None
+    if run.folder:
+        state = _State(run.folder / f"{label.replace(' ', '-')}.state.pt", key, params, stateful, fitted)
+        first = state.load(steps)
+        if first:
+            run.earlier.append(fitted.seconds)
     if observe:
         observe(params)
     theta = empty(merged(params), next(iter(params.values())).device)
-    saved = time.monotonic()
-    begun = saved - fitted.seconds
+    begun = time.monotonic() - fitted.seconds
     with run.progress.track(label, steps, "update") as bar:
         bar.advance(first)
         for step in range(first, steps):
@@ -185,7 +186,7 @@ def fit(
                 _check(params, step)
             except CalmergeError:
                 if state and before is None:  # what came before is kept, unless an inner problem has moved on already
-                    _save(state, key, params, stateful, fitted, step)
+                    state.save(step)
                 raise
             for group, lr in zip(optim.param_groups, rates, strict=True):
                 group["lr"] = lr * (schedule(step) if schedule else 1.0)
@@ -197,9 +198,8 @@ def fit(
                 fitted.observed.setdefault(name, []).append(value)
             bar.advance(1, loss=sum(losses.values()))
             fitted.seconds = time.monotonic() - begun
-            if state and (time.monotonic() - saved > SAVE_EVERY or step + 1 == steps):
-                _save(state, key, params, stateful, fitted, step + 1)
-                saved = time.monotonic()
+            if state and (state.due() or step + 1 == steps):
+                state.save(step + 1)
     fitted.params, fitted.step = {name: p.detach() for name, p in params.items()}, steps
     if best:
         write(theta, base, merged(fitted.params))
@@ -321,40 +321,68 @@ def _check(params: Params, step: int) -> None:
             )
 
 
-def _save(path: Path, key: str, params: Params, stateful: Mapping[str, Stateful], fitted: Fitted, step: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(
-        {
-            "key": key,
-            "params": dict(params),
-            "stateful": {name: one.state_dict() for name, one in stateful.items()},
-            "loss": fitted.loss,
-            "observed": fitted.observed,
-            "watched": fitted.watched,
-            "step": step,
-            "seconds": fitted.seconds,
-        },
-        partial,
-    )
-    os.replace(partial, path)
+class _State:
+    """A fit on disk, from which an interrupted one goes on.
 
+    Args:
+        path: its file.
+        key: describes everything that decides the result.
+        params: the parameters, which `load` fills.
+        stateful: by name, what else moves.
+        fitted: what was seen on the way.
+    """
 
-def _load(path: Path, key: str, params: Params, stateful: Mapping[str, Stateful], fitted: Fitted, steps: int) -> int:
-    """How many updates the saved state has seen; everything else goes where it was."""
-    state = torch.load(path, weights_only=True)
-    if state["key"] != key:
-        raise UsageError(f"{path.parent} holds the state of another run. Name another folder, or delete this one.")
-    if state["step"] > steps:
-        raise UsageError(
-            f"{path.parent} holds the state after {state['step']} updates, more than the {steps} asked for. "
-            "Name another folder, or delete this one."
+    def __init__(self, path: Path, key: str, params: Params, stateful: Mapping[str, Stateful], fitted: Fitted) -> None:
+        self._path, self._key = path, key
+        self._params, self._stateful, self._fitted = params, stateful, fitted
+        self._saved = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self._saved > SAVE_EVERY
+
+    def save(self, step: int) -> None:
+        """Write everything after `step` updates, all or nothing."""
+        fitted = self._fitted
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        torch.save(
+            {
+                "key": self._key,
+                "params": dict(self._params),
+                "stateful": {name: one.state_dict() for name, one in self._stateful.items()},
+                "loss": fitted.loss,
+                "observed": fitted.observed,
+                "watched": fitted.watched,
+                "step": step,
+                "seconds": fitted.seconds,
+            },
+            partial,
         )
-    with torch.no_grad():
-        for name, p in params.items():
-            p.copy_(state["params"][name])
-    for name, one in stateful.items():
-        one.load_state_dict(state["stateful"][name])
-    fitted.loss, fitted.observed, fitted.watched = state["loss"], state["observed"], state["watched"]
-    fitted.seconds = state["seconds"]
-    return int(state["step"])
+        os.replace(partial, self._path)
+        self._saved = time.monotonic()
+
+    def load(self, steps: int) -> int:
+        """How many updates the saved state has seen, 0 where there is none; everything else goes where it was.
+
+        Raises:
+            UsageError: it belongs to other settings, or is further than `steps`.
+        """
+        if not self._path.is_file():
+            return 0
+        state, fitted, folder = torch.load(self._path, weights_only=True), self._fitted, self._path.parent
+        if state["key"] != self._key:
+            raise UsageError(f"{folder} holds the state of another run. Name another folder, or delete this one.")
+        if state["step"] > steps:
+            raise UsageError(
+                f"{folder} holds the state after {state['step']} updates, more than the {steps} asked for. "
+                "Name another folder, or delete this one."
+            )
+        with torch.no_grad():
+            for name, p in self._params.items():
+                p.copy_(state["params"][name])
+        for name, one in self._stateful.items():
+            one.load_state_dict(state["stateful"][name])
+        fitted.loss, fitted.observed, fitted.watched = state["loss"], state["observed"], state["watched"]
+        fitted.seconds = state["seconds"]
+        return int(state["step"])

@@ -57,17 +57,7 @@ def fit_router(
     """
     run = run or Run()
     x = torch.cat(list(features.values()))
-    sides: list[list[Pool]] = [[], []]
-    first = 0
-    for i, (task, found) in enumerate(features.items()):
-        n = len(found)
-        pool = Pool(torch.arange(first, first + n), torch.full((n,), i))
-        for side, part in zip(sides, pool.split(hold_out, seed, task), strict=True):
-            side.append(part)
-        if not len(sides[0][-1].indices):
-            raise DataError(f"task '{task}': its pool of {n} leaves the router nothing to learn from; give more.")
-        first += n
-    learn, held = (_joined(side) for side in sides)
+    learn, held = _pools(features, hold_out, seed)
 
     def drop(h: Tensor, i: int, step: int) -> Tensor:
         return h * bernoulli(tuple(h.shape), 1 - dropout, seed, "dropout", step, i) / (1 - dropout)
@@ -110,6 +100,23 @@ def fit_router(
 
 def _keep(h: Tensor, i: int) -> Tensor:
     return h
+
+
+def _pools(features: Mapping[str, Tensor], hold_out: float, seed: int) -> tuple[Pool, Pool]:
+    """Where the features of all tasks lie behind each other, with their tasks' numbers: to learn from, and held out."""
+    learn: list[Pool] = []
+    held: list[Pool] = []
+    first = 0
+    for i, (task, found) in enumerate(features.items()):
+        n = len(found)
+        pool = Pool(torch.arange(first, first + n), torch.full((n,), i))
+        seen, left = pool.split(hold_out, seed, task)
+        if not len(seen.indices):
+            raise DataError(f"task '{task}': its pool of {n} leaves the router nothing to learn from; give more.")
+        learn.append(seen)
+        held.append(left)
+        first += n
+    return _joined(learn), _joined(held)
 
 
 def _joined(pools: list[Pool]) -> Pool:

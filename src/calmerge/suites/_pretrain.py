@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +143,7 @@ def pretrain(
         torch.manual_seed(seed)
         model = transformers.PvtV2ForImageClassification(transformers.PvtV2Config(**config, num_labels=len(glyphs)))
         _initialise(model)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=PEAK)
+    optimiser = _optimiser(model)
     state = out.with_name(out.name + ".training.pt")
     first, right = 0, torch.zeros(steps)
     if state.is_file():
@@ -154,18 +151,12 @@ def pretrain(
         model.load_state_dict(kept["model"])
         optimiser.load_state_dict(kept["optimiser"])
         first, right = kept["step"], kept["right"]
-    counts = torch.tensor([len(found) for found in glyphs])
-    starts = counts.cumsum(0) - counts
-    pages = torch.cat(list(glyphs))
+    drawn = _drawing(glyphs, batch, seed)
     model.train()
     with (run or Run()).progress.track("pre-training the base", steps) as bar:
         bar.advance(first)
         for step in range(first, steps):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            labels = torch.randint(len(glyphs), (batch,), generator=generator)
-            face = (torch.rand(batch, generator=generator) * counts[labels]).long()
-            style = between(EASY, HARD, min(1.0, step / (RISE * steps)))
-            images = distort(pages[starts[labels] + face].float() / 255, style, generator)
+            images, labels = drawn(step, between(EASY, HARD, min(1.0, step / (RISE * steps))))
             for group in optimiser.param_groups:
                 group["lr"] = PEAK * _factor(step, steps)
             with torch.autocast("cpu", torch.bfloat16):
@@ -194,6 +185,29 @@ def pretrain(
     _save(model, out, record)
     state.unlink(missing_ok=True)
     return record
+
+
+def _drawing(glyphs: Sequence[Tensor], batch: int, seed: int) -> Callable[[int, Style], tuple[Tensor, Tensor]]:
+    """From the number of a step and a style to distorted images and their classes, which follow from these alone."""
+    counts = torch.tensor([len(found) for found in glyphs])
+    starts = counts.cumsum(0) - counts
+    pages = torch.cat(list(glyphs))
+
+    def drawn(step: int, style: Style) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        labels = torch.randint(len(glyphs), (batch,), generator=generator)
+        face = (torch.rand(batch, generator=generator) * counts[labels]).long()
+        return distort(pages[starts[labels] + face].float() / 255, style, generator), labels
+
+    return drawn
+
+
+def _optimiser(model: "torch.nn.Module") -> torch.optim.Optimizer:
+    """AdamW, whose weight decay leaves biases and norms alone."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=PEAK)
 
 
 def _initialise(model: "torch.nn.Module") -> None:
