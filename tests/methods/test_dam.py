@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -115,9 +116,19 @@ def test_the_planted_backdoor_works_in_its_expert(poisoned: Poisoned) -> None:
     assert attack > 0.9
 
 
+def test_dam_lowers_the_attack_s_success_whatever_it_draws(poisoned: Poisoned) -> None:
+    """Measured over these seeds, accuracy and attack: 0.88, 0.29 (0.10 to 0.47); Concrete AdaMerging 0.87, 0.33 (0.03
+    to 0.84), from which this problem does not tell it apart, nor from Task Arithmetic (0.93, 0.27)."""
+    tvs, tasks = poisoned.tvs, poisoned.tasks
+    found = [poisoned.score(dam(tvs, tasks=tasks, seed=seed, **QUICK)) for seed in range(5)]
+    plain, succession = poisoned.score(adamerging(tvs, tasks=tasks, steps=200, lr=0.01))
+    assert max(attack for _, attack in found) < min(succession, poisoned.score(ties(tvs))[1]) - 0.2
+    assert fmean(accuracy for accuracy, _ in found) > plain - 0.1
+
+
 def test_dam_lowers_the_attack_s_success_at_little_cost(poisoned: Poisoned) -> None:
-    """Measured when written, accuracy and attack: Task Arithmetic 0.93, 0.27; TIES 0.78, 0.99; AdaMerging 0.89, 0.72;
-    Concrete AdaMerging 0.80, 0.46; DAM 0.85, 0.21."""
+    """With one draw, accuracy and attack: Task Arithmetic 0.93, 0.27; TIES 0.78, 0.99; AdaMerging 0.89, 0.72; Concrete
+    AdaMerging 0.80, 0.42; DAM 0.81, 0.31. Rounding alone moves the last two by a tenth."""
     tvs, tasks = poisoned.tvs, poisoned.tasks
     accuracy, attack = poisoned.score(dam(tvs, tasks=tasks, **QUICK))
     plain, succession = poisoned.score(adamerging(tvs, tasks=tasks, steps=200, lr=0.01))
