@@ -460,7 +460,7 @@ def gates(suite: str) -> Iterator[Cell]:
 def optimizers(suite: str) -> Iterator[Cell]:
     """Orthogonal updates of matrices beside Adam's of entries, with all inputs and `calm_joint`'s updates."""
     adam = Cell(suite, "tsv_m", "kl", "span", steps=240 if suite == "vision" else 160, pool=512)
-    for seed in range(3 if suite == "vision" else 1):
+    for seed in range(3):
         yield replace(adam, parametrisation="muon", lr=0.05, seed=seed)
         yield replace(adam, seed=seed)
 
