@@ -202,7 +202,7 @@ def _drawing(glyphs: Sequence[Tensor], batch: int, seed: int) -> Callable[[int, 
     return drawn
 
 
-def _optimiser(model: "torch.nn.Module") -> torch.optim.Optimizer:
+def _optimiser(model: torch.nn.Module) -> torch.optim.Optimizer:
     """AdamW, whose weight decay leaves biases and norms alone."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
@@ -210,7 +210,7 @@ def _optimiser(model: "torch.nn.Module") -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=PEAK)
 
 
-def _initialise(model: "torch.nn.Module") -> None:
+def _initialise(model: torch.nn.Module) -> None:
     """Variance that keeps its size through every layer; the class's own start, 0.02, learns more slowly."""
     for weight in model.parameters():
         if weight.dim() == 4:
