@@ -40,7 +40,7 @@ def run_demo(*, out: Path, run: Run | None = None) -> "Report":
         methods={**suite.methods, **OPTIONS},
         notes=[
             f"AdaMerging makes {OPTIONS['adamerging']['steps']} updates and CALM {OPTIONS['calm']['steps']}, numbers "
-            "chosen by the clock: this shows how things work, and is no benchmark. `calmerge bench text` is one."
+            "chosen by the clock: this shows how things work, and is no benchmark. For one, run: calmerge bench text"
         ],
     )
     return run_bench(small, methods=METHODS, seeds=[0], tasks=TASKS, command="calmerge demo", run=run, out=out)
