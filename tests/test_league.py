@@ -42,7 +42,8 @@ def test_every_method_has_its_rows(folder: Path) -> None:
 
 def test_all_entries_run_on_a_suite_and_none_fails(tiny_suite: Path, tmp_path: Path) -> None:
     suite = load_suite(tiny_suite)
-    few = {"steps": 2, "mask_steps": 2, "updates": 2, "epochs": 1, "examples": 8, "samples": 8, "batch": 8}
+    few = {"steps": 2, "mask_steps": 2, "updates": 2, "epochs": 1, "examples": 8, "samples": 10}
+    few |= {"batch": 8, "budget": 8}
     names = {step.name for entry in league.ENTRIES.values() for step in walk(entry.steps, METHODS)}
     methods = {name: {k: v for k, v in few.items() if k in options_of(METHODS[name])} for name in names}
     report = run_bench(replace(suite, methods=methods), seeds=[0], out=tmp_path)

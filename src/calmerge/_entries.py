@@ -13,6 +13,8 @@ from calmerge.methods import METHODS
 GRID = tuple(round(0.05 * i, 2) for i in range(1, 21))
 SPACE: Data = {"ties.keep": [0.05, 1.0], "ties.scale": [0.2, 2.0]}
 """What is searched without labels, as an instance of what needs a score only."""
+UNLABELLED: dict[str, Data] = {"score": "expert_kl", "examples": 64}
+"""How methods that need a score only have one without labels."""
 QUICK = 4
 """By what the updates of learning methods are divided in a quick look."""
 
@@ -104,7 +106,10 @@ ENTRIES: Mapping[str, Entry] = {
     "frank_wolfe_soft": Entry("FW-Merging, soft", "frank_wolfe_soft"),
     "localize_and_stitch": Entry("Localize-and-Stitch", "localize_and_stitch"),
     "prodistill": Entry("ProDistill", "prodistill"),
-    "searched": Entry("TIES, searched", {"searched": {"inner": "ties", "space": SPACE, "examples": 64}}),
+    "searched": Entry("TIES, searched", {"searched": {"inner": "ties", "space": SPACE, **UNLABELLED}}),
+    "map_front": Entry("MAP", {"map_front": UNLABELLED}),
+    "map_nested": Entry("MAP, nested", {"map_nested": UNLABELLED}),
+    "medsamix": Entry("MedSAMix", {"medsamix": UNLABELLED}),
     "calm": Entry("CALM", "calm"),
     "calm_joint": Entry("CALM, joint", "calm_joint"),
     "calm_joint_muon": Entry("CALM, joint, Muon", {"calm_joint": {"optimizer": "muon", "lr": 0.05}}),
