@@ -12,7 +12,8 @@ import pytest
 from calmerge.report.charts import summary_svg
 from calmerge.report.html import html_page, write_html
 from calmerge.report.results import Report, Versions
-from calmerge.report.traces import FitTrace
+from calmerge.report.sections import searched
+from calmerge.report.traces import FitTrace, SearchTrace, Tried
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -79,6 +80,16 @@ def test_page_nests_and_headings_descend_by_one(report: Report) -> None:
     assert outline.open == []
     assert outline.headings[0] == 1
     assert all(b - a <= 1 for a, b in zip(outline.headings, outline.headings[1:], strict=False))
+
+
+@pytest.mark.parametrize(("options", "opened"), [(2, True), (40, False)])
+def test_what_a_search_took_is_a_table_folded_where_it_is_long(options: int, opened: bool) -> None:
+    values = {f"layer {i}: scale": 0.123456 + i for i in range(options)}
+    page = searched(
+        SearchTrace(score="expert_kl", strategy="tpe", trials=[Tried(values=values, scores=[-1.0])], best=0), ""
+    )
+    assert ("<details open>" in page) is opened
+    assert "<td>0.1235</td>" in page
 
 
 def test_page_needs_no_network(report: Report) -> None:

@@ -30,7 +30,7 @@ from calmerge.report.tables import (
 from calmerge.report.traces import CalmStage, CalmTrace, Coefficients, Coverage, FitTrace, FrontTrace, SearchTrace
 
 NOTHING = Html("")
-_FEW = 10  # lines of the first drawing that are no higher than what stands beside it
+_FEW = 10  # lines of the first drawing that are no higher than what stands beside it; options that are not folded away
 UNFOLDED = 4
 """So many fits stand open on the page."""
 
@@ -315,9 +315,12 @@ def searched(trace: SearchTrace, stamp: str) -> Html:
     )
     drawing = curves({"best": [b for b in best if math.isfinite(b)]}, label="Best score so far", x_title="trial")
     source = "labelled validation split" if trace.labelled else "unlabelled pools"
-    taken = ", ".join(f"{name} = {value}" for name, value in trace.trials[trace.best].values.items())
-    words = f"{trace.strategy}, {len(trace.trials)} trials, score {trace.score} on the {source}. Taken: {taken}."
-    return figure("Search", drawing, words, stamp=stamp)
+    words = f"{trace.strategy}, {len(trace.trials)} trials, score {trace.score} on the {source}."
+    values = trace.trials[trace.best].values.items()
+    rows = [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in values]
+    table = plain_table(["option", "value"], rows)
+    taken = el("details", el("summary", "What was taken"), table, open=len(rows) <= _FEW)
+    return join(figure("Search", drawing, words, stamp=stamp), taken)
 
 
 def calm(trace: CalmTrace, stamp: str) -> Iterator[Html]:
