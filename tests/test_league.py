@@ -84,6 +84,15 @@ def test_rows_say_what_they_saw(folder: Path) -> None:
     assert len(rows["CALM"].trace.stages) == 1
 
 
+def test_what_is_judged_by_labels_says_so(tiny_suite: Path, tmp_path: Path, monkeypatch) -> None:
+    searched = {"space": league.SPACE, "inner": "ties", "budget": 2}
+    merges = {score: {"searched": {**searched, "score": score}} for score in ("expert_kl", "validation")}
+    monkeypatch.setattr(league, "ENTRIES", {score: league.Entry(score, merge) for score, merge in merges.items()})
+    report = run_bench(load_suite(tiny_suite), seeds=[0], out=tmp_path)
+    data = {row.label: row.data for row in report.methods()}
+    assert data == {"expert_kl": "unlabelled pool", "validation": "validation labels"}
+
+
 def test_finished_rows_are_used_again(folder: Path, tiny_suite: Path) -> None:
     before = {f.name: f.stat().st_mtime_ns for f in (folder / "rows").iterdir()}
     first = results.load(folder / "report.json")

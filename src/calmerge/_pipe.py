@@ -9,13 +9,14 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from calmerge._errors import did_you_mean
 from calmerge._signature import check, hints_of, options_of
 from calmerge._yaml import Data, Node
 
 Methods = Mapping[str, Callable[..., Any]]
+DataUse = Literal["none", "unlabelled pool", "validation labels"]
 PROVIDED = ("tasks", "run")
 WHERE = "where"
 """The one step whose value is a list: cases of patterns and pipes."""
@@ -168,6 +169,16 @@ def needs_tasks(fn: Callable[..., Any]) -> bool:
     """Whether a method cannot do without data."""
     option = options_of(fn).get("tasks")
     return option is not None and option.required
+
+
+def data_used(steps: Sequence[Step], methods: Methods) -> DataUse:
+    """What of the tasks' data a pipe looks at: labels where a call in it is judged by the validation splits."""
+    learning = [step for step in walk(steps, methods) if step.name in methods and needs_tasks(methods[step.name])]
+    for step in learning:
+        score = options_of(methods[step.name]).get("score")
+        if score and (step.options["score"].plain() if "score" in step.options else score.default) == "validation":
+            return "validation labels"
+    return "unlabelled pool" if learning else "none"
 
 
 def takes_merged(fn: Callable[..., Any]) -> bool:

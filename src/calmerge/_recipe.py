@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from calmerge._inputs import Input, Piece, Tower
-from calmerge._pipe import Methods, Step, needs_tasks, walk
+from calmerge._pipe import DataUse, Methods, Step, data_used
 from calmerge._yaml import Data, dump
 from calmerge.suites.suite import Suite
 
@@ -128,8 +128,11 @@ class Recipe:
 
     def needs_tasks(self, methods: Methods | None = None) -> bool:
         """Whether a step, or a merge inside one, learns from data."""
-        known = table(methods)
-        return any(needs_tasks(known[step.name]) for step in walk(self.merge, known))
+        return self.data_used(methods) != "none"
+
+    def data_used(self, methods: Methods | None = None) -> DataUse:
+        """What of the tasks' data the merge looks at."""
+        return data_used(self.merge, table(methods))
 
 
 def with_seed(recipe: Recipe, seed: int | None) -> Recipe:

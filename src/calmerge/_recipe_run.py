@@ -22,7 +22,7 @@ from calmerge._inputs import key_of
 from calmerge._memory import private_memory
 from calmerge._merged import Merged
 from calmerge._open import open_recipe
-from calmerge._pipe import walk
+from calmerge._pipe import DataUse, walk
 from calmerge._plan import plan
 from calmerge._recipe import Recipe
 from calmerge._run import Run
@@ -53,7 +53,7 @@ class Preview:
         inputs: bytes of base and experts.
         writes: bytes that come out, heads included.
         files: how many files of weights that makes.
-        learns: whether unlabelled data are needed.
+        learns: whether data are needed, and `data` which.
         kind: memory class: `A`, `B`, `C`, `B+C` as in `calmerge._plan.Plan`; `E` where weights are learned.
         passes: how often the inputs are read; None where that depends on the data, and so are the next two.
         reads: bytes that these passes read.
@@ -73,6 +73,7 @@ class Preview:
     writes: int
     files: int
     learns: bool
+    data: DataUse
     kind: str
     passes: int | None
     reads: int | None
@@ -119,6 +120,7 @@ def preview(recipe: Recipe, tvs: TaskVectors) -> Preview:
         writes=work.writes + sum(head.nbytes for head in tvs.heads.values()) if adapter is None else adapter,
         files=sum(map(len, work.files)) if adapter is None else 1,
         learns=learns,
+        data=recipe.data_used(),
         kind="E" if learns else work.kind,
         passes=None if learns else work.passes,
         reads=None if learns else work.reads,
@@ -260,26 +262,23 @@ def _report(
     recipe: Recipe, tvs: TaskVectors, delta: Weights | Merged, run: Run, command: str | None, *, seconds: float
 ) -> "Report":
     from calmerge.report import results
-    from calmerge.report.traces import FrontTrace, SearchTrace
 
     names = [step.name for step in recipe.merge] or [recipe.outline]
     last = recipe.merge[-1].to_data() if recipe.merge else {}
     options = last[names[-1]] if isinstance(last, dict) and last else {}
     learns = recipe.needs_tasks()
     transductive = recipe.tasks is not None and recipe.tasks.transductive
-    trace = next(iter(run.trace.values()), None)
-    labelled = isinstance(trace, SearchTrace | FrontTrace) and trace.labelled
     row = results.Row(
         method=names[-1],
         label=" > ".join(names),
         options=options if isinstance(options, dict) else {},  # cases stand in the recipe
         seed=recipe.seed,
         seconds=seconds,
-        data="validation labels" if labelled else "unlabelled pool" if learns else "none",
+        data=recipe.data_used(),
         split=("transductive" if transductive else "inductive") if learns else "none",
         per_task=isinstance(delta, Merged),
         heads=delta.heads if isinstance(delta, Merged) else "frozen",
-        trace=trace,
+        trace=next(iter(run.trace.values()), None),
     )
     return results.Report(
         title=f"{', '.join(tvs.tasks)}: merged with {row.label}"

@@ -73,7 +73,7 @@ def preview(found: Mapping[str, Any]) -> None:
         ["merged", f"{found['merged']} tensors, {found['entries']:,} entries"],
         *(["not merged", f"{n} tensors: {reason}"] for reason, n in found["skipped"].items()),
         ["heads", ", ".join(f"{task} {n}" for task, n in found["heads"].items() if n) or "none"],
-        ["data", "unlabelled pools" if found["learns"] else "none"],
+        ["data", found["data"]],
         ["reads", reads],
         ["writes", f"{decimal(found['writes'])} in {found['files']} file{'s' if found['files'] > 1 else ''}"],
         ["memory", f"{memory} (class {found['kind']}{_threads(found)})"],

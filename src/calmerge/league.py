@@ -21,7 +21,7 @@ from calmerge._errors import CalmergeError
 from calmerge._hash import hash_of, joined
 from calmerge._memory import peak_memory
 from calmerge._merged import Merged, storage
-from calmerge._pipe import Surroundings, build_pipe, read_pipe, walk
+from calmerge._pipe import Surroundings, build_pipe, data_used, read_pipe, walk
 from calmerge._run import Run
 from calmerge._save import hashes, versions
 from calmerge._signature import options_of
@@ -158,7 +158,7 @@ class _League:
             label=entry.label,
             options=_options(pipe),
             seed=seed,
-            data="unlabelled pool" if entry.learns else "validation labels" if entry.tune else "none",
+            data="validation labels" if entry.tune else data_used(read_pipe(from_data(pipe, entry.label), []), METHODS),
             split=split,
             per_task=entry.per_task,
         )

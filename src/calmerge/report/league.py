@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from calmerge.report.results import REFERENCES, DataUse, Heads, Report, Row, Score, Split
+from calmerge._pipe import DataUse
+from calmerge.report.results import REFERENCES, Heads, Report, Row, Score, Split
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from calmerge._errors import DataError, OutputError
+from calmerge._pipe import DataUse
 from calmerge.report.traces import Count, Record, Share, Trace
 
 SCHEMA = 1
 Split = Literal["inductive", "transductive", "none"]
-DataUse = Literal["none", "unlabelled pool", "validation labels"]
 Heads = Literal["frozen", "realigned"]
 REFERENCES = ("base", "experts")
 
