@@ -71,7 +71,7 @@ HARD = Style(
     noise=(0, 0.15),
     invert=0.3,
 )
-STEPS, BATCH, PEAK, WARMUP = 4000, 64, 1e-3, 100
+STEPS, BATCH, PEAK, WARMUP = 10_000, 64, 1e-3, 100
 RISE = 0.4  # of the steps, over which distortion goes from EASY to HARD; a start at HARD does not learn
 KEEP_EVERY = 500
 CONFIG = {
@@ -80,7 +80,7 @@ CONFIG = {
     "num_encoder_blocks": 3,
     "depths": [1, 1, 4],
     "sr_ratios": [4, 2, 1],
-    "hidden_sizes": [32, 64, 192],
+    "hidden_sizes": [48, 96, 288],
     "patch_sizes": [3, 3, 3],
     "strides": [2, 2, 2],
     "num_attention_heads": [1, 2, 6],

