@@ -445,7 +445,7 @@ def held(suite: str) -> Iterator[Cell]:
 def gates(suite: str) -> Iterator[Cell]:
     """Singular gates with coefficients on top of TSV-M beside other parametrisations, steps as in `pilot`.
 
-    With a held-out share and few updates as the other cells, then with all inputs and the updates of `calm_joint`.
+    With a held-out share and few updates as the other cells, then with 512 inputs a task and `calm_joint`'s updates.
     """
     for budget in (
         Cell(suite, "tsv_m", "kl", "gates", hold_out=0.2),
@@ -458,7 +458,7 @@ def gates(suite: str) -> Iterator[Cell]:
 
 
 def optimizers(suite: str) -> Iterator[Cell]:
-    """Orthogonal updates of matrices beside Adam's of entries, with all inputs and `calm_joint`'s updates."""
+    """Orthogonal updates of matrices beside Adam's of entries, with 512 inputs a task and `calm_joint`'s updates."""
     adam = Cell(suite, "tsv_m", "kl", "span", steps=240 if suite == "vision" else 160, pool=512)
     for seed in range(3):
         yield replace(adam, parametrisation="muon", lr=0.05, seed=seed)

@@ -53,7 +53,7 @@ class Preview:
         inputs: bytes of base and experts.
         writes: bytes that come out, heads included.
         files: how many files of weights that makes.
-        learns: whether data are needed, and `data` which.
+        data: which of the tasks' data it looks at.
         kind: memory class: `A`, `B`, `C`, `B+C` as in `calmerge._plan.Plan`; `E` where weights are learned.
         passes: how often the inputs are read; None where that depends on the data, and so are the next two.
         reads: bytes that these passes read.
@@ -72,7 +72,6 @@ class Preview:
     inputs: int
     writes: int
     files: int
-    learns: bool
     data: DataUse
     kind: str
     passes: int | None
@@ -119,7 +118,6 @@ def preview(recipe: Recipe, tvs: TaskVectors) -> Preview:
         inputs=_input_bytes(tvs),
         writes=work.writes + sum(head.nbytes for head in tvs.heads.values()) if adapter is None else adapter,
         files=sum(map(len, work.files)) if adapter is None else 1,
-        learns=learns,
         data=recipe.data_used(),
         kind="E" if learns else work.kind,
         passes=None if learns else work.passes,
