@@ -30,7 +30,8 @@ from calmerge.report.tables import (
 from calmerge.report.traces import CalmStage, CalmTrace, Coefficients, Coverage, FitTrace, FrontTrace, SearchTrace
 
 NOTHING = Html("")
-_FEW = 10  # lines of the first drawing that are no higher than what stands beside it; options that are not folded away
+_FEW = 10  # lines of the first drawing that are no higher than what stands beside it
+_SHORT = 10  # options of a search that stand open
 UNFOLDED = 4
 """So many fits stand open on the page."""
 
@@ -319,7 +320,7 @@ def searched(trace: SearchTrace, stamp: str) -> Html:
     values = trace.trials[trace.best].values.items()
     rows = [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in values]
     table = plain_table(["option", "value"], rows)
-    taken = el("details", el("summary", "What was taken"), table, open=len(rows) <= _FEW)
+    taken = el("details", el("summary", "What was taken"), table, open=len(rows) <= _SHORT)
     return join(figure("Search", drawing, words, stamp=stamp), taken)
 
 
