@@ -238,6 +238,14 @@ def batches(suite: str) -> Iterator[Trial]:
                 yield Trial(suite, method, seed, mix=mix, batch=size if size != 16 else 0)
 
 
+def muons(suite: str) -> Iterator[Trial]:
+    """`calm_joint` with orthogonal updates of matrices beside Adam's of entries, of 64 inputs a task and of all."""
+    for seed in range(3):
+        for n in (64, 0):
+            for method in ("calm_joint", "calm_joint_muon"):
+                yield Trial(suite, method, seed, pool=n)
+
+
 def bad_experts(suite: str) -> Iterator[Trial]:
     """E4: two experts of eight half trained, or over-confident; beside it nothing wrong."""
     for bad in ("", "half", "loud"):
@@ -298,6 +306,7 @@ DESIGNS = {
     "fills": fills,
     "rounds": rounds,
     "batches": batches,
+    "muons": muons,
     "bad_experts": bad_experts,
     "heads": heads,
     "counts": counts,
