@@ -101,6 +101,15 @@ def test_coefficients_are_reset_before_every_inner_step(toy: Any) -> None:
     assert run.trace["concrete_adamerging"].coefficients.values == [[0.25] * 4]
 
 
+def test_the_masks_are_fitted_beside_coefficients_of_the_kind_asked_for(toy: Any) -> None:
+    """An inner step of its own for every tensor, or one for all tensors of a task, is another place to fit masks at."""
+    options = {"mask_steps": 3, "mask_lr": 0.1, "inner_lr": 0.5, "steps": 0, "batch": 8, "evaluation": "expected"}
+    by_tensor, by_task = (
+        concrete_adamerging(toy.tvs, tasks=toy.tasks, per=per, **options) for per in ("tensor", "task")
+    )
+    assert not torch.equal(by_tensor["fc1.weight"], by_task["fc1.weight"])
+
+
 @pytest.mark.usefixtures("save_always")
 def test_an_interrupted_fit_goes_on_to_the_same_masks(toy: Any, tmp_path: Path) -> None:
     """The inner optimizer's state is kept across updates, so it must be kept across an interruption."""
