@@ -415,6 +415,14 @@ def pool(suite: str) -> Iterator[Cell]:
             yield Cell(suite, "tsv_m", bad_pool=bad, **options)
 
 
+def spoiled(suite: str) -> Iterator[Cell]:
+    """Without one task's pool, and with classes 10 : 1, all else of the pools there and `calm_joint`'s updates."""
+    whole = Cell(suite, "tsv_m", "kl", "span", steps=240 if suite == "vision" else 160, pool=1024)
+    for bad in ("missing", "imbalance"):
+        yield replace(whole, bad_pool=bad)
+        yield replace(whole, bad_pool=bad, parametrisation="offset", lr=DISTILLATION_LR)
+
+
 def rates(suite: str) -> Iterator[Cell]:
     """Step sizes of plain distillation from TSV-M on both suites, as `pilot` chose those of all else on vision.
 
@@ -473,6 +481,7 @@ DESIGNS = {
     "references": references,
     "levers": levers,
     "pool": pool,
+    "spoiled": spoiled,
     "rates": rates,
     "held": held,
     "gates": gates,

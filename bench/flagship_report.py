@@ -32,10 +32,18 @@ from flagship import (
     pool,
     rates,
     settled,
+    spoiled,
 )
 
 Cells = Sequence[Mapping[str, Any]]
-LISTED = {"levers": levers, "pool": pool, "rates": rates, "gates": gates, "optimizers": optimizers}
+LISTED = {
+    "levers": levers,
+    "pool": pool,
+    "spoiled": spoiled,
+    "rates": rates,
+    "gates": gates,
+    "optimizers": optimizers,
+}
 """Designs of which the cells are told one by one."""
 FACTORIALS = (
     ("vision", "factorial", factorial, FACTORS),
