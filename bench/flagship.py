@@ -473,6 +473,14 @@ def optimizers(suite: str) -> Iterator[Cell]:
         yield replace(adam, seed=seed)
 
 
+def features(suite: str) -> Iterator[Cell]:
+    """The distance of features beside KL, and KL alone, with all inputs and `calm_joint`'s updates."""
+    for seed in range(3):
+        for objective in ("features", "kl"):
+            steps, pool = (240, 1024) if suite == "vision" else (160, 512)
+            yield Cell(suite, "tsv_m", objective, "span", seed=seed, steps=steps, pool=pool)
+
+
 DESIGNS = {
     "pilot": pilot,
     "factorial": factorial,
@@ -485,6 +493,7 @@ DESIGNS = {
     "rates": rates,
     "held": held,
     "gates": gates,
+    "features": features,
     "optimizers": optimizers,
     "settled": settled,
 }

@@ -24,6 +24,7 @@ from flagship import (
     confirm,
     effects,
     factorial,
+    features,
     gates,
     halved,
     held,
@@ -42,6 +43,7 @@ LISTED = {
     "spoiled": spoiled,
     "rates": rates,
     "gates": gates,
+    "features": features,
     "optimizers": optimizers,
 }
 """Designs of which the cells are told one by one."""
@@ -98,15 +100,25 @@ def listed(out: Path, suite: str, name: str, design: Sequence[Cell]) -> list[str
     cells = [(cell, found) for cell in design if (found := read(out, cell))]
     if not cells:
         return []
-    lines += ["| what moves | step size | limit | balanced | pool | seed | mean | worst task | held-out loss |"]
-    lines += ["| :-- | --: | --: | :-- | :-- | --: | --: | --: | --: |"]
+    head = (
+        "what moves",
+        "objective",
+        "step size",
+        "limit",
+        "balanced",
+        "pool",
+        "seed",
+        "mean",
+        "worst",
+        "held-out loss",
+    )
+    lines += [f"| {' | '.join(head)} |", f"| :-- | :-- |{' --: |' * (len(head) - 2)}"]
     for cell, found in cells:
+        moves = (cell.parametrisation, cell.objective, f"{cell.lr or LR[cell.parametrisation]:g}", cell.limit or "-")
+        data = ("yes" if cell.balance else "no", cell.bad_pool or cell.pool, cell.seed)
         held_out = f"{found['held_out']:.3f}" if cell.hold_out else "-"
-        lines.append(
-            f"| {cell.parametrisation} | {cell.lr or LR[cell.parametrisation]:g} | {cell.limit or '-'} "
-            f"| {'yes' if cell.balance else 'no'} | {cell.bad_pool or cell.pool} | {cell.seed} "
-            f"| {found['normalised']:.1f} | {found['worst']:.1f} | {held_out} |"
-        )
+        scores = (f"{found['normalised']:.1f}", f"{found['worst']:.1f}", held_out)
+        lines.append(f"| {' | '.join(map(str, (*moves, *data, *scores)))} |")
     return [*lines, ""]
 
 
