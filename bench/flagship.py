@@ -415,12 +415,16 @@ def pool(suite: str) -> Iterator[Cell]:
             yield Cell(suite, "tsv_m", bad_pool=bad, **options)
 
 
+def whole(suite: str) -> Cell:
+    """`calm_joint` with all inputs, which are too many for mixtures, and the suite's updates."""
+    return Cell(suite, "tsv_m", "kl", "span", steps=240 if suite == "vision" else 160, pool=1024)
+
+
 def spoiled(suite: str) -> Iterator[Cell]:
     """Without one task's pool, and with classes 10 : 1, all else of the pools there and `calm_joint`'s updates."""
-    whole = Cell(suite, "tsv_m", "kl", "span", steps=240 if suite == "vision" else 160, pool=1024)
     for bad in ("missing", "imbalance"):
-        yield replace(whole, bad_pool=bad)
-        yield replace(whole, bad_pool=bad, parametrisation="offset", lr=DISTILLATION_LR)
+        yield replace(whole(suite), bad_pool=bad)
+        yield replace(whole(suite), bad_pool=bad, parametrisation="offset", lr=DISTILLATION_LR)
 
 
 def rates(suite: str) -> Iterator[Cell]:
@@ -467,7 +471,7 @@ def gates(suite: str) -> Iterator[Cell]:
 
 def optimizers(suite: str) -> Iterator[Cell]:
     """Orthogonal updates of matrices beside Adam's of entries, with 512 inputs a task and `calm_joint`'s updates."""
-    adam = Cell(suite, "tsv_m", "kl", "span", steps=240 if suite == "vision" else 160, pool=512)
+    adam = replace(whole(suite), pool=512)
     for seed in range(3):
         yield replace(adam, parametrisation="muon", lr=0.05, seed=seed)
         yield replace(adam, seed=seed)
@@ -477,8 +481,7 @@ def features(suite: str) -> Iterator[Cell]:
     """The distance of features beside KL, and KL alone, with all inputs and `calm_joint`'s updates."""
     for seed in range(3):
         for objective in ("features", "kl"):
-            steps, pool = (240, 1024) if suite == "vision" else (160, 512)
-            yield Cell(suite, "tsv_m", objective, "span", seed=seed, steps=steps, pool=pool)
+            yield replace(whole(suite), objective=objective, seed=seed)
 
 
 DESIGNS = {

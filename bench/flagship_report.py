@@ -79,12 +79,10 @@ def main() -> None:
 def fraction(
     out: Path, suite: str, name: str, design: Sequence[Cell], factors: Mapping[str, tuple[str, ...]]
 ) -> list[str]:
-    """Main effects of a design with their picture, and its cells."""
+    """Main effects of a design with their picture, and its cells; nothing before it is finished."""
     cells = [found for cell in design if (found := read(out, cell))]
-    if not cells:
-        return []
     if len(cells) < len(design):
-        return [f"## {suite}, `{name}`", "", f"Not finished: {len(cells)} of {len(design)} cells.", ""]
+        return []
     lines = [f"## {suite}, `{name}`: main effects of {len(cells)} cells", ""]
     for measure, words in (("normalised", "mean over tasks, % of the experts"), ("worst", "worst task, %")):
         lines += [*table(effects(cells, measure, factors), words), ""]
@@ -100,19 +98,8 @@ def listed(out: Path, suite: str, name: str, design: Sequence[Cell]) -> list[str
     cells = [(cell, found) for cell in design if (found := read(out, cell))]
     if not cells:
         return []
-    head = (
-        "what moves",
-        "objective",
-        "step size",
-        "limit",
-        "balanced",
-        "pool",
-        "seed",
-        "mean",
-        "worst",
-        "held-out loss",
-    )
-    lines += [f"| {' | '.join(head)} |", f"| :-- | :-- |{' --: |' * (len(head) - 2)}"]
+    lines += ["| what moves | objective | step size | limit | balanced | pool | seed | mean | worst | held-out loss |"]
+    lines += [f"| :-- | :-- |{' --: |' * 8}"]
     for cell, found in cells:
         moves = (cell.parametrisation, cell.objective, f"{cell.lr or LR[cell.parametrisation]:g}", cell.limit or "-")
         data = ("yes" if cell.balance else "no", cell.bad_pool or cell.pool, cell.seed)
@@ -139,16 +126,17 @@ def tried(out: Path, suite: str, name: str, design: Sequence[trials.Trial]) -> l
     for trial in design:
         if one := read(out, trial):
             bad = {"half": "two half-way back", "loud": "two with logits x 4"}.get(trial.bad, "-")
-            told = (f"x {trial.longer}", str(trial.batch or "the suite's"), str(trial.mix or "the method's"))
+            step = f"{trial.lr:g}" if trial.lr else "the entry's"
+            how = (step, f"x {trial.longer}", str(trial.batch or "the suite's"), str(trial.mix or "the method's"))
             inputs = str(trial.pool or "all") + (f" of {trial.split}" if trial.split else "")
-            key = (trial.method, inputs, str(trial.tasks or "all"), *told, bad)
+            key = (trial.method, inputs, str(trial.tasks or "all"), *how, bad)
             found.setdefault(key, []).append(one)
     if not found:
         return []
     runs = sum(map(len, found.values()))
     lines = [f"## {suite}, `{name}`", "", f"{runs} of {len(design)} trials.", ""]
-    head = ("method", "inputs a task", "tasks", "updates", "batch", "mix", "bad experts", "runs", "mean", "worst")
-    head += ("sound tasks", "s")
+    head = ("method", "inputs a task", "tasks", "step", "updates", "batch", "mix", "bad experts")
+    head += ("runs", "mean", "worst", "sound tasks", "s")
     lines += [f"| {' | '.join(head)} |", f"| :-- |{' --: |' * (len(head) - 1)}"]
     for key, ones in found.items():
         means = (spread([float(one[name]) for one in ones]) for name in ("normalised", "worst", "sound"))

@@ -65,6 +65,7 @@ class Trial:
         mix: how many times every pool's size is learned from, by mixtures; 1 is the pool, 0 leaves it to the method.
         batch: inputs of a task in each update, with updates for as many examples as the suite says; 0 for its own.
         split: `train` takes inputs without labels from what the experts were trained on, and not from the pool.
+        lr: the step size; 0 leaves it to the entry and the suite.
     """
 
     suite: str
@@ -78,6 +79,7 @@ class Trial:
     mix: int = 0
     batch: int = 0
     split: str = ""
+    lr: float = 0.0
 
     @property
     def key(self) -> str:
@@ -106,6 +108,8 @@ def _run(bench: Bench, trial: Trial) -> dict[str, Any]:
         tasks = tasks.with_model(Loud(tasks.model, bad))
     pipe: Any = filled(PIPES[trial.method], load_suite(trial.suite).methods)
     (options,) = pipe[0].values()
+    if trial.lr:
+        options["lr"] = trial.lr
     if trial.longer != 1:
         options["steps"] *= trial.longer
     if trial.batch:
@@ -267,6 +271,13 @@ def counts(suite: str) -> Iterator[Trial]:
             yield Trial(suite, method, tasks=n)
 
 
+def few(suite: str) -> Iterator[Trial]:
+    """Two tasks with `calm_joint`'s step, whose unit grows with their number, and with twice that."""
+    for seed in range(3):
+        for lr in (0.0, 0.06):
+            yield Trial(suite, "calm_joint", seed, tasks=2, lr=lr)
+
+
 def budgets(suite: str) -> Iterator[Trial]:
     """Two and four times the suite's updates; CALM also from a spectral start."""
     for method in (*LEARNING, "calm_tsv_m"):
@@ -310,6 +321,7 @@ DESIGNS = {
     "bad_experts": bad_experts,
     "heads": heads,
     "counts": counts,
+    "few": few,
 }
 
 
