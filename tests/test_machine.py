@@ -41,7 +41,7 @@ def play(
         np.array(constants, np.float32),
     ]  # fmt: skip
     places = [np.array([f[i] for f in files], np.int64) for i in (0, 1)]
-    return program(*(x.ctypes.data for x in arrays), len(out), *(x.ctypes.data for x in places))
+    return program(*(x.ctypes.data for x in arrays), 0, len(out), *(x.ctypes.data for x in places))
 
 
 def test_strips_of_a_file_and_of_memory_meet(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ METHODS = {
     "B: tsv_m": cm.tsv_m,
     "C: ties": partial(cm.ties, keep=0.3),
     "C: ties by tensor": partial(cm.ties, keep=0.3, scope="tensor"),
+    "C: sce": partial(cm.sce, select_topk=0.4),
     "C: norm": normed,
     "C and B: trim, TSV-M": lambda tvs: cm.tsv_m(trim(tvs, keep=0.5)),
 }

@@ -13,6 +13,7 @@ from calmerge._plan import plan
 from calmerge._random import uniform
 from calmerge._rank import Bracket
 from calmerge._threshold import Threshold, whole_sum
+from calmerge._weights import Site
 from calmerge.methods.ties import ties
 from calmerge.pieces.elect import elect
 from calmerge.pieces.trim import trim
@@ -62,9 +63,10 @@ def test_compiled_and_plain_take_the_same_along(monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("calmerge._machine")
     tau = torch.stack([uniform((1003,), t) - 0.5 for t in "xyz"])
     bits = np.array([[0.2, 0.1, 0.3], [0.25, 0.1, 0.31]], np.float32).view(np.int32)
-    compiled = threshold_file._part(tau, tau[0], bits)
+    part = threshold_file._Part(bits)
+    compiled = part(tau, tau[0], Site("", 0))
     monkeypatch.setattr(threshold_file, "kernels", lambda: None)
-    plain = threshold_file._part(tau, tau[0], bits)
+    plain = part(tau, tau[0], Site("", 0))
     assert all(np.array_equal(a, b) for a, b in zip(compiled, plain, strict=True))
     inside = (tau.abs() >= torch.tensor([[0.2], [0.1], [0.3]])) & (tau.abs() <= torch.tensor([[0.25], [0.1], [0.31]]))
     assert torch.equal(torch.from_numpy(plain[1]), tau[:, inside.any(0)])
@@ -75,13 +77,13 @@ def test_where_the_sample_misled_both_are_found_all_the_same(
     wrong: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     low, high = (int(np.float32(v).view(np.int32)) for v in wrong)
-    monkeypatch.setattr(threshold_file, "sampled", lambda *_: [Bracket(low, high, 10)] * 3)
+    monkeypatch.setattr(rank_file, "guessed", lambda *_: Bracket(low, high, 10))
     assert both(vectors(), 9000) == alone(vectors(), 9000)
 
 
 def test_where_too_much_lies_inside_the_sum_has_its_own_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = [Bracket(0, int(np.float32(0.5).view(np.int32)), 18_000)] * 3
-    monkeypatch.setattr(threshold_file, "sampled", lambda *_: wide)
+    wide = Bracket(0, int(np.float32(0.5).view(np.int32)), 18_000)
+    monkeypatch.setattr(rank_file, "guessed", lambda *_: wide)
     monkeypatch.setattr(threshold_file, "usually_inside", lambda *_: 10)
     assert both(vectors(), 9000) == alone(vectors(), 9000)
 

@@ -1,8 +1,8 @@
 """Compiled loops for sums, ranks and draws, where NumPy takes several steps; the bits that come out are its.
 
 They let other threads run. Each stands beside the NumPy lines that it takes the place of: `bracketed` and `nth` in
-`_rank`, `bracketed_beside` in `_threshold`, `drawn` in `_random`, `row_lanes` and `pair_lanes` in `_dot`, `between` in
-`pieces/middle`, `ordered` in `pieces/magprune`.
+`_rank`, `bracketed_beside` in `_threshold`, `above` in `pieces/largest_sums`, `drawn` in `_random`, `row_lanes` and
+`pair_lanes` in `_dot`, `between` in `pieces/middle`, `ordered` in `pieces/magprune`.
 """
 
 from typing import Any
@@ -49,20 +49,20 @@ def bracketed(bits: Array, low: int, high: int, inside: Array) -> tuple[int, int
 
 
 @compiled()
-def bracketed_beside(rows: Array, low: Array, high: Array, counts: Array, beside: Array) -> int:
+def bracketed_beside(rows: Array, low: Array, high: Array, counts: Array, beside: Array, found: int) -> int:
     """As `bracketed` for several rows: of places where any magnitude lies between, all entries are put into `beside`.
 
     Args:
         rows: int32 [T, n], bits of floats.
         low: int32 [T].
         high: int32 [T].
-        counts: int64 [T, 2]; how many lie below, and how many up to the end.
+        counts: int64 [T, 2], to which are added how many lie below, and how many up to the end.
         beside: int32 [T, n + LANES]; the entries, in order.
+        found: how many there are already.
 
     Returns:
-        How many places there are.
+        How many there are.
     """
-    found: Any = 0
     whole = rows.shape[1] - rows.shape[1] % LANES
     which = np.empty(_STRIP // LANES, np.int64)
     for start in range(0, whole, _STRIP):
@@ -86,8 +86,8 @@ def bracketed_beside(rows: Array, low: Array, high: Array, counts: Array, beside
             counts[t, 0] += magnitude < low[t]
             counts[t, 1] += magnitude <= high[t]
             wanted |= low[t] <= magnitude <= high[t]
-        found += np.intp(wanted)
-    return found  # type: ignore[no-any-return]
+        found += int(wanted)
+    return found
 
 
 @compiled()
@@ -101,6 +101,73 @@ def _flagged_row(bits: Array, low: Any, high: Any, counts: Array, which: Array) 
         which[g] |= flags
     counts[0] += below
     counts[1] += below + inside
+
+
+@compiled()
+def above(
+    bits: Array, flat: Array, step: int, begin: int, low: int, high: int, lanes: Array, inside: Array, counts: Array
+) -> None:
+    """The sums of several rows where a magnitude is above a bracket; what lies inside it is put into `inside`.
+
+    Args:
+        bits: int32 [n], those of floats.
+        flat: float32, in which T rows lie.
+        step: from the first entry of a row to that of the next.
+        begin: the place of the first entry.
+        low: bits of a magnitude.
+        high: bits of another.
+        lanes: float64 [T, 64], as in `row_lanes`; `begin` is one of the first lane.
+        inside: int32 [T + 2, n + LANES]; behind what is there the bits of rows, magnitudes from `low` to `high`, and
+            their places, in order.
+        counts: int64 [3], to which are added how many magnitudes are 0, how many lie below `low`, and how many inside.
+    """
+    tasks = lanes.shape[0]
+    zeros: Any = 0
+    below: Any = 0
+    found: Any = counts[2]
+    least, most, taken = np.int32(low), np.int32(high), flat.view(np.int32)
+    order = np.arange(_STRIP).astype(np.int32)
+    for start in range(0, bits.size, _STRIP):
+        size, before = min(_STRIP, bits.size - start), found
+        some = bits[start : start + size]
+        for t in range(tasks):
+            _added_above(some, most, flat[t * step + start : t * step + start + size], lanes[t])
+        whole = size - size % LANES
+        for i in range(0, whole, LANES):
+            less, between, which = flagged(some, i, least, most)
+            zeros += flagged(some, i, np.int32(1), np.int32(0))[0]
+            below += less
+            if between:
+                for t in range(tasks):
+                    packed(taken, t * step + start + i, which, np.int32(-1), inside[t], found)
+                packed(some, i, which, _MAGNITUDE, inside[tasks], found)
+                packed(order, i, which, np.int32(-1), inside[tasks + 1], found)
+                found += between
+        for i in range(whole, size):
+            magnitude = np.int32(some[i] & _MAGNITUDE)
+            for t in range(tasks):
+                inside[t, found] = taken[t * step + start + i]
+            inside[tasks, found], inside[tasks + 1, found] = magnitude, order[i]
+            zeros += np.intp(magnitude == 0)
+            below += np.intp(magnitude < least)
+            found += np.intp(magnitude >= least) & np.intp(magnitude <= most)
+        for i in range(before, found):
+            inside[tasks + 1, i] += np.int32(begin + start)
+    counts[0] += zeros
+    counts[1] += below
+    counts[2] = found
+
+
+@compiled()
+def _added_above(bits: Array, most: Any, row: Array, into: Array) -> None:
+    whole = row.size - row.size % SUM_LANES
+    for first in range(0, whole, SUM_LANES):
+        for lane in range(SUM_LANES):
+            above = np.float32((bits[first + lane] & _MAGNITUDE) > most)
+            into[lane] += np.float64(row[first + lane] * above)
+    for lane in range(row.size - whole):
+        above = np.float32((bits[whole + lane] & _MAGNITUDE) > most)
+        into[lane] += np.float64(row[whole + lane] * above)
 
 
 @compiled()

@@ -78,3 +78,22 @@ def packed(context: Any, bits: Any, at: Any, which: Any, kept: Any, into: Any, t
         return context.get_dummy_value()
 
     return types.void(bits, types.int64, types.int64, types.int32, into, types.int64), code
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def played(context: Any, tape: Any, begin: Any, end: Any) -> Any:
+    """What a `Player` returns that is called for some entries.
+
+    Args:
+        tape: its address, those of inputs, outputs and constants, and of files and the first bytes in them; int64.
+        begin: the first entry.
+        end: behind the last one.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, *tables = cgutils.unpack_tuple(builder, args[0])[:6]
+        word = ir.IntType(64)
+        function = builder.inttoptr(address, ir.FunctionType(ir.IntType(32), [word] * 7).as_pointer())
+        return builder.call(function, [*tables[:3], args[1], args[2], *tables[3:]])
+
+    return types.int32(tape, types.int64, types.int64), code

@@ -69,10 +69,14 @@ def compiled() -> Callable[[F], F]:
 class Player:
     """A compiled tape, to be called with the addresses of its planes.
 
-    Called as `player(inputs, outputs, constants, n, files, firsts)`, all addresses of arrays but `n`, the entries of a
-    plane: int64 addresses of the planes that are read (of those in files, of room for a strip) and of those that are
-    written, float32 constants, int64 open files and the first byte in each. It returns SOUND, or what was found of an
-    entry that was asked to be finite and is not, or of a file that ends too early.
+    Called as `player(inputs, outputs, constants, begin, end, files, firsts)`, all addresses of arrays but `begin` and
+    `end`, the entries of a plane that are worked on: int64 addresses of the planes that are read (of those in files, of
+    room for a strip) and of where what comes out is written, from the entry `begin` on; float32 constants; int64 open
+    files and the first byte in each. It returns SOUND, or what was found of an entry that was asked to be finite and is
+    not, or of a file that ends too early.
+
+    Attributes:
+        address: of the function, for compiled loops that play strip after strip.
 
     Args:
         loads: what the first values are; then come the constants, then what the steps make.
@@ -88,9 +92,9 @@ class Player:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target())  # owns the code
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        address = self._engine.get_function_address("play")
-        kind = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 3, ctypes.c_int64, *[ctypes.c_void_p] * 2)
-        self._play = kind(address)
+        self.address = self._engine.get_function_address("play")
+        kind = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2)
+        self._play = kind(self.address)
 
     def __call__(self, *arguments: int) -> int:
         return int(self._play(*arguments))
@@ -303,11 +307,12 @@ def _play(loads: Sequence[Load], constants: Sequence[bool], stores: Sequence[tup
         ]
 
     lines = [
-        "define i32 @play(ptr %inputs, ptr %outputs, ptr %constants, i64 %n, ptr %files, ptr %firsts) {", "entry:",
+        "define i32 @play(ptr %inputs, ptr %outputs, ptr %constants, i64 %start, i64 %n, ptr %files, ptr %firsts) {",
+        "entry:",
         *taken("i", "ptr", "inputs", len(loads)), *taken("o", "ptr", "outputs", len(stores)),
         *taken("c", "float", "constants", len(constants)), *taken("f", "i64", "files", len(files)),
         *taken("g", "i64", "firsts", len(files)), "br label %outer", "outer:",
-        f"%begin = phi i64 [0, %entry], [%next, %read{len(files)}]",
+        f"%begin = phi i64 [%start, %entry], [%next, %read{len(files)}]",
         f"%bad = phi i32 [0, %entry], [%worst, %read{len(files)}]",
         "%left = sub i64 %n, %begin", f"%w = call i64 @llvm.umin.i64(i64 %left, i64 {STRIP})", "br label %read0",
     ]  # fmt: skip
@@ -318,7 +323,7 @@ def _play(loads: Sequence[Load], constants: Sequence[bool], stores: Sequence[tup
             f"%y{f} = add i64 %g{f}, %x{f}", f"%ok{f} = call i1 @fill(i64 %f{f}, ptr %i{j}, i64 %z{f}, i64 %y{f})",
             f"br i1 %ok{f}, label %read{f + 1}, label %unreadable",
         ]  # fmt: skip
-    lines.append(f"read{len(files)}:")
+    lines += [f"read{len(files)}:", "%written = sub i64 %begin, %start"]
     pointers = []
     for j, load in enumerate(loads):
         if load.stored:
@@ -327,7 +332,7 @@ def _play(loads: Sequence[Load], constants: Sequence[bool], stores: Sequence[tup
             lines.append(f"%p{j} = getelementptr i{8 * _SIZES[load.op]}, ptr %i{j}, i64 %begin")
             pointers.append(f"ptr %p{j}")
     for j, (op, _) in enumerate(stores):
-        lines.append(f"%q{j} = getelementptr i{8 * _SIZES[op]}, ptr %o{j}, i64 %begin")
+        lines.append(f"%q{j} = getelementptr i{8 * _SIZES[op]}, ptr %o{j}, i64 %written")
         pointers.append(f"ptr %q{j}")
     given = ", ".join([*pointers, *(f"float %c{j}" for j in range(len(constants))), "i64 %w"])
     return [

@@ -18,7 +18,7 @@ from calmerge._compiled import usable
 from calmerge._handles import kept_open
 from calmerge._passes import Fold as Fold
 from calmerge._passes import Pass as Pass
-from calmerge._passes import Spread, added, run_passes
+from calmerge._passes import Sample, Spread, added, run_passes
 from calmerge._passes import ahead as ahead
 from calmerge._passes import workers as workers
 from calmerge._passes import worthwhile as worthwhile
@@ -29,8 +29,9 @@ from calmerge._weights import BLOCK, Node, Number, Site, Weights, experts_in
 
 W = TypeVar("W", bound=Weights)
 
-Rounds = Callable[[], Generator[Pass, Any, Tensor]]
-"""Yields a pass, is sent what it found over all blocks, and so on; returns the number."""
+Rounds = Callable[[], Generator[Pass | Sample, Any, Tensor]]
+"""Yields a pass, is sent what it found over all blocks, and so on; returns the number. A sample may come before each.
+"""
 
 
 class Measure(Number):
@@ -168,12 +169,12 @@ class PerTensor(Number):
     """
 
     def __init__(self, measures: Mapping[str, Measure], *, factor: bool = False) -> None:
-        self._measures, self.factor = measures, factor
+        self.measures, self.factor = measures, factor
         self.inputs = tuple(measures.values())
 
     def at(self, site: Site) -> Tensor:
         """The number of the tensor at `site`."""
-        number = self._measures[site.name].value()
+        number = self.measures[site.name].value()
         return number.contiguous() if self.factor else number
 
 
@@ -306,12 +307,15 @@ def stages(nodes: Iterable[Node]) -> list[list[list[Measure]]]:
 
 def _side_by_side(group: Sequence[Measure], spread: Spread, run: Run, *, taping: bool, kept: Tapes) -> None:
     """Run the rounds of some measures in step: their first passes as one, then their second, and so on."""
-    running: list[tuple[Measure, Generator[Pass, Any, Tensor], Any]] = [(m, m._rounds(), None) for m in group]
+    running: list[tuple[Measure, Generator[Pass | Sample, Any, Tensor], Any]] = [(m, m._rounds(), None) for m in group]
     while running:
-        going: list[tuple[Measure, Generator[Pass, Any, Tensor], Pass]] = []
+        going: list[tuple[Measure, Generator[Pass | Sample, Any, Tensor], Pass]] = []
         for measure, rounds, found in running:
             try:
-                going.append((measure, rounds, rounds.send(found)))
+                one = rounds.send(found)
+                while isinstance(one, Sample):
+                    one = rounds.send(one.taken(taping=taping, kept=kept))
+                going.append((measure, rounds, one))
             except StopIteration as done:
                 measure._value = done.value
         work = [(measure.inputs, one) for measure, _, one in going]

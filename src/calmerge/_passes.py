@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from calmerge._compiled import ByStrips
 from calmerge._handles import kept_open
 from calmerge._reader import Reader, Tapes
 from calmerge._run import Run
@@ -37,10 +39,38 @@ class Fold:
     Args:
         part: from the blocks of a measure's inputs (and its settled measures) and their `Site` to a partial result.
         add: from what was put together so far (None at the beginning) and the next partial result to both together.
+        rounded: whether parts are rounded, so that blocks must always be the same ones.
+        strips: gives a compiled loop that makes the same as `part`, where there is one and the machine of tapes for it.
     """
 
     part: Callable[..., Any]
     add: Callable[[Any, Any], Any]
+    rounded: bool = False
+    strips: Callable[[], ByStrips | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Not a pass, but a look at some blocks, for a guess.
+
+    Args:
+        weights: that are looked at.
+        places: name of a tensor, its rows and how many of their entries count, those of a tensor side by side.
+        part: from a block and that number to a result.
+    """
+
+    weights: Weights
+    places: Sequence[tuple[str, slice, int]]
+    part: Callable[[Tensor, int], Any]
+
+    def taken(self, *, taping: bool | None = None, kept: Tapes | None = None) -> list[Any]:
+        """What `part` makes of every block; `taping` and `kept` are those of a `Reader`."""
+        reader, found = Reader([self.weights], taping=taping, kept=kept), []
+        for name, some in itertools.groupby(self.places, key=itemgetter(0)):
+            _, rows, most = zip(*some, strict=True)
+            blocks = reader.windows(name, rows, most) or (block for _, (block,) in reader.each(name, rows))
+            found += [self.part(block, n) for block, n in zip(blocks, most, strict=True)]
+        return found
 
 
 Pass = Callable[..., Tensor] | Fold
@@ -70,23 +100,32 @@ def run_passes(
     """
     inputs = [n for nodes, _ in work for n in nodes if isinstance(n, Weights)]
     weights = next((w for w in inputs if not w.elementwise), inputs[0])
-    folds = [one if isinstance(one, Fold) else Fold(one, added) for _, one in work]
-    by_block = any(not isinstance(one, Fold) for _, one in work)  # rounded sums depend on it
+    folds = [one if isinstance(one, Fold) else Fold(one, added, rounded=True) for _, one in work]
+    by_block = any(fold.rounded for fold in folds)
     reader = Reader([node for nodes, _ in work for node in nodes], taping=taping, kept=kept)
+
+    def of(name: str, rows: slice, tensors: Iterable[Tensor]) -> list[Any]:
+        site, values = site_of(weights, name, rows), iter(tensors)
+        return [
+            fold.part(*itertools.islice(values, len(nodes)), site)
+            for (nodes, _), fold in zip(work, folds, strict=True)
+        ]  # fmt: skip
+
+    def each(name: str, blocks: Sequence[slice]) -> Iterator[tuple[slice, list[Any]]]:
+        loop = folds[0].strips() if len(folds) == 1 else None
+        made = loop and reader.by_strips(name, blocks, loop, together=TOGETHER)
+        if made:
+            for rows, part in made:
+                yield rows, [part] if part is not None else of(name, rows, reader.read(name, rows))
+            return
+        some = reader.each(name, blocks, together=TOGETHER)
+        for rows, tensors in reader.cut(some, blocks) if by_block else some:
+            yield rows, of(name, rows, tensors)
 
     @kept_open()
     def parts(stretch: Stretch) -> tuple[int, list[list[Any]]]:
-        n, found = 0, []
-        for name, blocks in stretch:
-            some = reader.each(name, blocks, together=TOGETHER)
-            for rows, tensors in reader.cut(some, blocks) if by_block else some:
-                site, values = site_of(weights, name, rows), iter(tensors)
-                n += entries(weights, name, rows)
-                found.append([
-                    fold.part(*itertools.islice(values, len(nodes)), site)
-                    for (nodes, _), fold in zip(work, folds, strict=True)
-                ])  # fmt: skip
-        return n, found
+        found = [(entries(weights, name, rows), one) for name, blocks in stretch for rows, one in each(name, blocks)]
+        return sum(n for n, _ in found), [one for _, one in found]
 
     results: list[Any] = [None] * len(work)
     with run.progress.track("measuring", weights.numel, "entry") as bar:

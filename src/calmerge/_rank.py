@@ -10,8 +10,7 @@ many passes there are.
 
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from itertools import accumulate, groupby
-from operator import itemgetter
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +18,8 @@ import torch
 from torch import Tensor
 
 from calmerge._compiled import kernels
-from calmerge._passes import Fold
+from calmerge._passes import Fold, Sample
 from calmerge._random import uniform
-from calmerge._reader import Reader
 from calmerge._weights import ALL, Spec, Weights, row_size
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -31,6 +29,7 @@ _COUNTERS = 1 << 18  # bins at most, over all tasks
 _INFINITY = 0x7F800000  # its bits; those of NaN are above
 _PROBE = 1 << 12  # entries of a block of the sample, in the mean
 _MARGIN = 4.0  # standard errors
+_FEW = 1 << 10  # magnitudes that tell about where a rank lies
 
 
 class Bracket(NamedTuple):
@@ -57,7 +56,9 @@ def held_at_most(weights: Weights, tasks: int) -> int:
     return 8 * min(entries, _GATHERED) + (16 * _COUNTERS if entries > _GATHERED else 0)
 
 
-def rank_rounds(weights: Weights, tasks: int, ranks: Callable[[], Sequence[int]]) -> Generator[Fold, Any, Tensor]:
+def rank_rounds(
+    weights: Weights, tasks: int, ranks: Callable[[], Sequence[int]]
+) -> Generator[Fold | Sample, Any, Tensor]:
     """The rounds of a measure: for each task, the magnitude whose rank, counted from 1, is asked for.
 
     Args:
@@ -72,7 +73,8 @@ def rank_rounds(weights: Weights, tasks: int, ranks: Callable[[], Sequence[int]]
         rows = yield from held(numel, tasks)
         return torch.tensor([nth(row, rank) for row, rank in zip(rows, k, strict=True)])
     everything = Bracket(0, _INFINITY, numel)
-    brackets = dict(enumerate(sampled(weights, tasks, k) if weights.elementwise else [everything] * tasks))
+    first = (yield from sampled(weights, tasks, k)) if weights.elementwise else [everything] * tasks
+    brackets = dict(enumerate(first))
     found = [float("nan")] * tasks
     while brackets:
         search = _Search(brackets, tasks)
@@ -178,15 +180,16 @@ def within(row: Array, bracket: Bracket) -> tuple[int, int, Array]:
     return int(np.count_nonzero(less)), int(np.count_nonzero(most)), inside
 
 
-def sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> list[Bracket]:
+def sampled(weights: Weights, tasks: int, ranks: Sequence[int]) -> Generator[Sample, list[Array], list[Bracket]]:
     """For each task the bracket in which its rank lies, by a sample of blocks."""
-    reader, blocks = Reader([weights]), []  # what it compiles the pass to come finds
-    places = _places(weights, _probe(tasks))
-    for name, some in groupby(places, key=itemgetter(0)):
-        rows, most = zip(*(_rows(weights.specs[name], first, n) for _, first, n in some), strict=True)
-        for (_, (block,)), n in zip(reader.each(name, rows), most, strict=True):
-            blocks.append(magnitudes(block, tasks)[:, :n].copy())
-    return [_bracket([block[t] for block in blocks], ranks[t], weights.numel) for t in range(tasks)]
+    blocks = yield sample(weights, tasks)
+    return [guessed([block[t] for block in blocks], ranks[t], weights.numel) for t in range(tasks)]
+
+
+def sample(weights: Weights, tasks: int) -> Sample:
+    """Magnitudes, [tasks, n], of small blocks from all over the weights."""
+    places = [(name, *_rows(weights.specs[name], first, n)) for name, first, n in _places(weights, _probe(tasks))]
+    return Sample(weights, places, lambda block, n: magnitudes(block, tasks)[:, :n].copy())
 
 
 def _probe(tasks: int) -> int:
@@ -196,7 +199,7 @@ def _probe(tasks: int) -> int:
 
 def _blocks(numel: int) -> int:
     """How many blocks a sample has, but for rounding."""
-    return min(max(numel >> 17, 16), max(numel >> 20, 256))
+    return min(max(numel >> 17, 8), max(numel >> 20, 256))
 
 
 def usually_inside(weights: Weights, tasks: int) -> int:
@@ -228,20 +231,20 @@ def _places(weights: Weights, probe: int) -> Iterator[tuple[str, int, int]]:
         if not ends:
             continue
         parts = 2 * max(1, round(ends[-1] / each / 2))
-        places = (torch.arange(parts) + uniform((parts,), "sample of magnitudes", names[0]).double()) / parts
-        for place in (places * ends[-1]).long().tolist():
+        places = np.arange(parts) + uniform((parts,), "sample of magnitudes", names[0]).double().numpy()
+        for place in (places / parts * ends[-1]).astype(np.int64).tolist():
             at = bisect_right(ends, place)
             first = place - (ends[at] - weights.specs[names[at]].numel)
             yield names[at], first, max(1, round(probe * ends[-1] / parts / each))
 
 
-def _bracket(sample: list[Array], rank: int, numel: int) -> Bracket:
+def guessed(sample: list[Array], rank: int, numel: int) -> Bracket:
     """Two magnitudes of the sample between which the rank lies, as far as neighbouring blocks differ."""
     pooled = np.concatenate(sample)
     middle = (rank - 0.5) / numel
     guess = np.float32(nth(pooled, int(middle * len(pooled)) + 1))
     sizes = np.array([len(block) for block in sample]) / len(pooled)
-    below = np.array([np.mean(block <= guess) for block in sample])
+    below = np.array([np.count_nonzero(block <= guess) / len(block) if len(block) else middle for block in sample])
     spread = np.linalg.norm((sizes[::2] + sizes[1::2]) * (below[::2] - below[1::2])) / 2
     margin = _MARGIN * spread + 4 / len(pooled)
     first, last = int((middle - margin) * len(pooled)), int((middle + margin) * len(pooled)) + 1
@@ -299,7 +302,7 @@ def nth(row: Array, rank: int) -> float:
     loops = kernels()
     if loops is None:
         return float(np.partition(row, rank - 1)[rank - 1])
-    few = np.sort(row[:: 1 + len(row) // _PROBE])
+    few = np.sort(row[:: 1 + len(row) // _FEW])
     guess = few[(rank - 1) * len(few) // len(row)]
     some = np.empty(len(row) + loops.LANES, np.int32)
     return float(_float(loops.nth(row.view(np.int32), rank, int(guess.view(np.int32)), some)))

@@ -4,15 +4,28 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from calmerge._compiled import usable
+from calmerge._compiled import ByStrips, strips, usable
 from calmerge._watch import Array
-from calmerge._weights import ALL, Memo, Node, Number, Site, Weights, experts_in, joined, row_size, site_of, value_at
+from calmerge._weights import (
+    ALL,
+    Memo,
+    Node,
+    Number,
+    Site,
+    Weights,
+    entries,
+    experts_in,
+    joined,
+    row_size,
+    site_of,
+    value_at,
+)
 
 if TYPE_CHECKING:
     from calmerge._tape import Tape
@@ -77,6 +90,51 @@ class Reader:
                 else:
                     planes = iter(found)
                     yield rows, [next(planes) if isinstance(n, Weights) else _number(n, site) for n in self._nodes]
+
+    def by_strips(
+        self, name: str, blocks: Sequence[slice], fn: ByStrips, *, together: int = 1
+    ) -> Iterator[tuple[slice, Any]] | None:
+        """What a compiled loop makes of several blocks, with the rows; None where no tape is to be had.
+
+        Args:
+            name: of the tensor.
+            blocks: rows that follow each other.
+            fn: the loop, over the planes of all weights among the nodes.
+            together: how many may come as one.
+        """
+        tape = self._tape(name)
+        return self._by_strips(name, blocks, tape, fn, together) if tape and tape.streams and tape.wide else None
+
+    def _by_strips(
+        self, name: str, blocks: Sequence[slice], tape: "Tape", fn: ByStrips, together: int
+    ) -> Iterator[tuple[slice, Any]]:
+        with tape.opened() as handles:
+            for i in range(0, len(blocks), together):
+                rows = joined(blocks[i : i + together])
+                ends = np.cumsum([entries(self._lead, name, one) for one in blocks[i : i + together]])
+                yield rows, tape.by_strips(fn, ends, rows, site_of(self._lead, name, rows).offset, handles)
+
+    def windows(self, name: str, rows: Sequence[slice], most: Sequence[int]) -> list[Tensor] | None:
+        """The first entries of some blocks of the only weights, [planes, n], by one call; None where that is not to be.
+
+        Args:
+            name: of the tensor.
+            rows: of each block.
+            most: how many entries of each.
+        """
+        tape, loops = self._tape(name), strips()
+        if tape is None or loops is None or not tape.wide or not tape.stored or max(most) > loops.STRIP:
+            return None
+        spec = self._lead.specs[name]
+        begins = np.array([row_size(spec) * (some.start or 0) for some in rows])
+
+        def found(played: tuple[int, ...], planes: Array, *_: object) -> Array | None:
+            some = np.empty((len(planes), sum(most)), np.float32)
+            return some if loops.windows(played, planes, begins, np.cumsum(most), some) else None
+
+        with tape.opened() as handles:
+            some = tape.by_strips(found, np.array([spec.numel]), ALL, 0, handles)
+        return None if some is None else [torch.from_numpy(one) for one in np.split(some, np.cumsum(most)[:-1], 1)]
 
     def cut(
         self, read: Iterable[tuple[slice, list[Tensor]]], blocks: Sequence[slice]

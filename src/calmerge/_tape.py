@@ -9,13 +9,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from calmerge import _machine as machine
+from calmerge._compiled import ByStrips
 from calmerge._machine import Step
 from calmerge._watch import Array, Fill, Stored, watching
 from calmerge._weights import Number, Site
@@ -125,6 +126,47 @@ class Tape:
             handles: as from `opened`.
         """
         n = math.prod(shape)
+        ends, out = self._layout(n).ends, np.empty(self._layout(n).ends[-1], np.uint8)
+        to = out.ctypes.data
+        with self._filled(n, rows, offset, handles, [to + end for end in ends[:-1]]) as tables:
+            sound = self.play_all(*tables[:3], 0, n, *tables[3:]) == machine.SOUND
+        return self._planes(out, shape, ends) if sound else None
+
+    @property
+    def stored(self) -> bool:
+        """Whether all that is loaded lies in files."""
+        return all(isinstance(one.fill, Stored) for one in self.inputs)
+
+    @property
+    def wide(self) -> bool:
+        """Whether all that comes out is float32."""
+        return all(output.dtype == torch.float32 for output in self.outputs)
+
+    def by_strips(self, fn: ByStrips, ends: Array, rows: slice, offset: int, handles: Sequence[int]) -> Any:
+        """What a compiled loop makes of some rows, which it has come strip after strip, in cache.
+
+        Only where all that comes out is float32. Arguments as for `play`, but for the ends of the blocks in these rows.
+        """
+        count = sum(len(output.values) for output in self.outputs)
+        with _lent(4 * count * machine.STRIP) as (room, to):
+            planes = room[: 4 * count * machine.STRIP].view(np.float32).reshape(count, machine.STRIP)
+            places = [to + 4 * i * machine.STRIP for i in range(count)]
+            with self._filled(int(ends[-1]), rows, offset, handles, places) as tables:
+                return fn((self.play_all.address, *tables), planes, ends, offset)
+
+    @contextmanager
+    def _filled(
+        self, n: int, rows: slice, offset: int, handles: Sequence[int], to: Sequence[int]
+    ) -> Iterator[tuple[int, int, int, int, int]]:
+        """What a player is called with, but for where it begins and ends: every input is there, or a file for it.
+
+        Args:
+            n: entries.
+            rows: of the tensor.
+            offset: the index of the first entry.
+            handles: as from `opened`.
+            to: addresses of what comes out.
+        """
         layout = self._layout(n)
         with _lent(layout.starts[-1]) as (room, address):
             places, firsts, made = [address + start for start in layout.starts], [], []
@@ -134,17 +176,12 @@ class Tape:
                 else:
                     made.append(one.fill(rows, offset, room[start : start + (0 if one.made else one.size(n))]))
                     places[i] = made[-1].ctypes.data
-            out = np.empty(layout.ends[-1], np.uint8)
-            to = out.ctypes.data
             read = [places[i] + before for i, before in layout.planes]
-            table = np.array([*read, *(to + end for end in layout.ends[:-1]), *handles, *firsts], np.int64)
+            table = np.array([*read, *to, *handles, *firsts], np.int64)
             inputs = table.ctypes.data
             outputs = inputs + 8 * len(read)
-            files = outputs + 8 * (len(layout.ends) - 1)
-            found = self.play_all(inputs, outputs, self._numbers_at, n, files, files + 8 * len(handles))
-            if found != machine.SOUND:
-                return None
-        return self._planes(out, shape, layout.ends)
+            files = outputs + 8 * len(to)
+            yield inputs, outputs, self._numbers_at, files, files + 8 * len(handles)
 
     def _planes(self, out: Array, shape: tuple[int, ...], ends: Sequence[int]) -> list[Tensor]:
         """The bytes that came out as tensors; by NumPy, since every call of torch lets go of Python's lock."""

@@ -6,15 +6,16 @@ threshold is known they are counted anew. That spares a pass: files that memory 
 """
 
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from calmerge._compiled import kernels
+from calmerge._compiled import ByStrips, kernels, strips
 from calmerge._measure import Fold, Measure, Pass, count, kth_magnitude
-from calmerge._passes import added
+from calmerge._passes import Sample, added
 from calmerge._rank import Bracket, fits, nth, sampled, usually_inside, within
 from calmerge._task_vectors import TaskVectors
 from calmerge._watch import Array
@@ -81,16 +82,17 @@ class Threshold(Measure):
 
         return Measure((exact, self), rounds, passes=0)
 
-    def _found(self) -> Generator[Pass, Any, Tensor]:
+    def _found(self) -> Generator[Pass | Sample, Any, Tensor]:
         along, tasks = self._along, len(self._vectors.tasks)
         if along is None:
             return (yield from self._plain._rounds())
-        brackets = sampled(self._vectors, tasks, [self._k] * tasks)
+        brackets = yield from sampled(self._vectors, tasks, [self._k] * tasks)
         bits = np.array([[b.low, b.high] for b in brackets], np.int32).T.copy()
         self._guess.number = torch.from_numpy(bits[0].view(np.float32))
         if tasks * sum(b.entries for b in brackets) > self._most:
             return (yield from self._plain._rounds())
-        counts, beside, total = yield Fold(lambda tau, plane, site: _part(tau, plane, bits), _put_together)
+        part = _Part(bits)
+        counts, beside, total = yield Fold(part, _put_together, strips=part.strips)
         rows = [np.frombuffer(row, np.float32) for row in beside]
         found = [
             _ranked(row, bracket, below, upto, self._k)
@@ -115,33 +117,52 @@ class _Guess(Number):
         return self.number
 
 
-def _part(tau: Tensor, plane: Tensor, bits: Array) -> tuple[Array, Array, Tensor]:
+@dataclass(frozen=True)
+class _Part:
     """What a block has: how many magnitudes of each task lie below its bracket and up to its end, [T, 2]; all tasks'
-    entries where one lies inside, [T, m]; and the sum of `plane`.
+    entries where one lies inside, [T, m]; and the sum of a plane of whole numbers.
 
     Args:
-        tau: [T, ...].
-        plane: [...].
         bits: int32 [2, T]; the ends of brackets.
     """
-    rows, loops = np.ascontiguousarray(tau.numpy(force=True).reshape(len(tau), -1)), kernels()
-    if loops is not None:
-        counts = np.zeros((len(rows), 2), np.int64)
-        room = np.empty((len(rows), rows.shape[1] + loops.LANES), np.int32)
-        n = loops.bracketed_beside(rows.view(np.int32), bits[0], bits[1], counts, room)
-        return counts, room[:, :n].copy().view(np.float32), whole_sum(plane)
-    low, high = bits.view(np.float32)[:, :, None]
-    size = np.abs(rows)
-    below, upto = size < low, size <= high
-    counts = np.stack([below.sum(1), upto.sum(1)], 1)
-    return counts, np.ascontiguousarray(rows[:, np.flatnonzero((below ^ upto).any(0))]), whole_sum(plane)
+
+    bits: Array
+
+    def __call__(self, tau: Tensor, plane: Tensor, site: Site) -> tuple[Array, Array, Tensor]:
+        rows, loops = np.ascontiguousarray(tau.numpy(force=True).reshape(len(tau), -1)), kernels()
+        if loops is not None:
+            counts, beside = self._room(rows.shape[1])
+            n = loops.bracketed_beside(rows.view(np.int32), *self.bits, counts, beside, 0)
+            return counts, beside[:, :n].view(np.float32), whole_sum(plane)
+        low, high = self.bits.view(np.float32)[:, :, None]
+        size = np.abs(rows)
+        below, upto = size < low, size <= high
+        counts = np.stack([below.sum(1), upto.sum(1)], 1)
+        return counts, rows[:, np.flatnonzero((below ^ upto).any(0))], whole_sum(plane)
+
+    def strips(self) -> ByStrips | None:
+        """The same by a compiled loop."""
+        loops = strips()
+        if loops is None:
+            return None
+
+        def found(tape: tuple[int, ...], planes: Array, ends: Array, _: int) -> tuple[Array, Array, Tensor] | None:
+            counts, beside = self._room(ends[-1])
+            n, total = loops.bracketed_beside_by_strips(tape, planes, ends[-1], *self.bits, counts, beside)
+            return None if n < 0 else (counts, beside[:, :n].view(np.float32), torch.tensor(float(total)).double())
+
+        return found
+
+    def _room(self, n: int) -> tuple[Array, Array]:
+        tasks = self.bits.shape[1]
+        return np.zeros((tasks, 2), np.int64), np.empty((tasks, n + 16), np.int32)
 
 
 def _put_together(so_far: Any, part: tuple[Array, Array, Tensor]) -> tuple[Array, list[bytearray], Tensor]:
     """Counts and sums of the blocks so far, and what was taken along, in one buffer for each task."""
     counts, beside, total = so_far or (0, [bytearray() for _ in part[1]], 0)
     for row, more in zip(beside, part[1], strict=True):
-        row.extend(more.view(np.uint8).data)
+        row.extend(np.ascontiguousarray(more).view(np.uint8).data)
     return counts + part[0], beside, total + part[2]
 
 

@@ -1,15 +1,17 @@
 """SCE: select, calculate, erase (FuseChat-3 line, 2024)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from calmerge._measure import Measure, per_tensor, total
+from calmerge._measure import PerTensor, per_tensor, total
 from calmerge._signature import KeepFraction, check, raise_together
 from calmerge._task_vectors import TaskVectors
 from calmerge._weights import Site, Weights
 from calmerge.pieces.blend import averaged, per_task, summed, sums
 from calmerge.pieces.fuse import agreement
-from calmerge.pieces.largest import largest
+from calmerge.pieces.largest_sums import largest_and_sums
 from calmerge.pieces.mask import masked
 
 
@@ -69,25 +71,29 @@ def select_calculate_erase(tvs: TaskVectors, select_topk: float, *, floor: float
     >>> select_calculate_erase(tvs, 1.0, floor=0.5)["w"]
     tensor([0.3000])
     """
-    chosen = _select(tvs, select_topk) if select_topk < 1 else tvs
-    squared = chosen.transform(lambda tau, site: tau.square())
-
-    def shares(w: TaskVectors) -> Measure:
-        return total(w, sums).map(lambda found: _shares(found / w.numel, floor))
+    squares, chosen = tvs.transform(lambda tau, site: tau.square()), tvs
+    if select_topk < 1:
+        kept, squared = largest_and_sums(tvs.reduce(_varying), select_topk, squares)
+        chosen = tvs.transform(lambda tau, stays, site: masked(tau, stays), kept)
+    else:
+        squared = per_tensor(squares, lambda w: total(w, sums))
+    numel = {name: spec.numel for name, spec in tvs.specs.items()}
+    means = {name: one.map(partial(_shares, n=numel[name], floor=floor)) for name, one in squared.measures.items()}
 
     def fused(tau: Tensor, share: Tensor, site: Site) -> Tensor:
         w = per_task(share, tau) * agreement(tau)
         divisor = summed(w)
         return summed(tau * w) / (divisor.clamp(min=floor) if floor else divisor.where(divisor > 0, 1.0))
 
-    return chosen.reduce(fused, per_tensor(squared, shares, factor=True))
+    return chosen.reduce(fused, PerTensor(means, factor=True))
 
 
-def _shares(square: Tensor, floor: float) -> Tensor:
+def _varying(tau: Tensor, site: Site) -> Tensor:
+    """T times the variance over tasks, which orders entries as the variance does."""
+    return summed((tau - averaged(tau)).square_())
+
+
+def _shares(square: Tensor, n: int, floor: float) -> Tensor:
+    square = square / n
     known = bool(square.sum() > 0) and bool(square.sum() >= floor)
     return square / square.sum() if known else torch.full_like(square, 1 / len(square))
-
-
-def _select(tvs: TaskVectors, share: float) -> TaskVectors:
-    variance = tvs.reduce(lambda tau, site: averaged((tau - averaged(tau)).square_()))
-    return tvs.transform(lambda tau, kept, site: masked(tau, kept), largest(variance, lambda name, n: float(share)))

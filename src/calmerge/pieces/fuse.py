@@ -53,5 +53,5 @@ def agreement(tau: Tensor) -> Tensor:
     tensor([[1., 1., 0.],
             [0., 0., 0.]])
     """
-    sign = (summed(tau).sign() + 0.5).sign()
-    return (tau.sign() * sign).clamp(min=0)
+    sign = torch.where(summed(tau) >= 0, 1.0, -1.0)
+    return (tau * sign > 0).to(tau.dtype)

@@ -55,8 +55,19 @@ def largest(weights: Weights, counts: Counts) -> Weights:
     >>> largest(StateDict({"w": torch.tensor([3.0, -1.0, 2.0, 0.5])}), lambda name, n: [2])["w"]
     tensor([ True, False,  True, False])
     """
-    cuts = {n: _cut(weights.only_names([n]), counts(n, spec.numel)) for n, spec in weights.specs.items()}
+    return chosen(
+        weights, {n: cut(weights.only_names([n]), counts(n, spec.numel)) for n, spec in weights.specs.items()}
+    )
 
+
+def chosen(weights: Weights, cuts: Mapping[str, Measure]) -> Weights:
+    """Whether each entry is among the largest of its tensor, by the `cut` of each.
+
+    >>> from calmerge import StateDict
+    >>> weights = StateDict({"w": torch.tensor([3.0, -1.0, 2.0, 0.5])})
+    >>> chosen(weights, {"w": cut(weights, [1])})["w"]
+    tensor([ True, False, False, False])
+    """
     numbers = PerTensor(cuts, factor=True)
     flags = Flags(weights, lambda n, task, at, into: _first(int(cuts[n].value()[1, task]), at, into), numbers)
     kind = Stacked if isinstance(weights, TaskVectors) else Computed
@@ -89,12 +100,32 @@ def _first(limit: int, offset: int, into: Array) -> None:
         np.less_equal(index, np.uint32(limit), out=into.view(bool))
 
 
-def _spread(index: Array) -> Array:
+def spread(index: Array) -> Array:
+    """The spread indices of entries.
+
+    >>> spread(np.array([0, 1, 2]))
+    array([         0, 2654435769, 1013904242])
+    """
     return (index * _STEP) & 0xFFFFFFFF
 
 
-def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
-    """[2, T]: the smallest magnitude that stays, and the largest spread index with which it does."""
+def last_of(index: Array, count: int) -> int:
+    """The largest spread index of as many entries as are wanted, from 1 to all.
+
+    >>> last_of(np.array([0, 1, 2]), 2)
+    1013904242
+    """
+    return int(np.partition(spread(index), count - 1)[count - 1])
+
+
+def cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
+    """[2, T]: the smallest magnitude that stays in a tensor, and the largest spread index with which it does.
+
+    >>> from calmerge import StateDict
+    >>> cut(StateDict({"w": torch.tensor([3.0, -1.0, 2.0, 0.5])}), [2]).value()
+    tensor([[2.0000e+00],
+            [4.2950e+09]], dtype=torch.float64)
+    """
     n, tasks = weights.numel, len(weights.tasks) if isinstance(weights, TaskVectors) else 1
     k = [] if isinstance(counts, float) else [int(counts[t % len(counts)]) for t in range(tasks)]
     if k and all(one <= 0 or one >= n for one in k):
@@ -135,8 +166,8 @@ def _cut(weights: Weights, counts: Sequence[int] | float) -> Measure:
                     if 0 < left[t] < len(found):
                         limit[t] = np.partition(found, left[t] - 1)[left[t] - 1]
             search = _Equal(tasks, at, {t: bits for t, bits in within.items() if bits[1]})
-        cut = torch.stack([at.double(), torch.from_numpy(limit).double()])
-        return torch.where((wanted <= 0) | (wanted >= n), _whole(wanted, n), cut)
+        inside = torch.stack([at.double(), torch.from_numpy(limit).double()])
+        return torch.where((wanted <= 0) | (wanted >= n), _whole(wanted, n), inside)
 
     return Measure((weights, threshold) if number is None else (weights, threshold, number), rounds, passes=1)
 
@@ -156,8 +187,7 @@ def _at_once(n: int, tasks: int, counts: Sequence[int] | float) -> Generator[Pas
             below, upto, _ = within(row, Bracket(bits, bits, 1))
             left = k - (n - upto)
             if left < upto - below:
-                keys = _spread(np.flatnonzero(row == at))
-                limit = int(np.partition(keys, left - 1)[left - 1])
+                limit = last_of(np.flatnonzero(row == at), left)
         cuts.append((at, limit))
     return torch.tensor(cuts, dtype=torch.float64).T.contiguous()
 
@@ -181,7 +211,7 @@ class _Equal:
         for t, (first, width) in self.within.items():
             above = int(np.count_nonzero(size[t] > self._at[t]))
             keys = np.flatnonzero(size[t] == self._at[t]) if self._at[t] > 0 else np.empty(0, np.int64)
-            keys = _spread(keys + others[-1].offset)
+            keys = spread(keys + others[-1].offset)
             found[t] = above, keys if width == 32 else keys[(keys >= first) & (keys < first + (1 << width))]
         return found
 
