@@ -156,6 +156,15 @@ def test_what_is_read_at_another_place_is_left_to_torch() -> None:
     assert [one.made for one in tape.inputs] == [True]
 
 
+def test_what_an_input_is_computed_from_is_read_for_it_alone() -> None:
+    tvs = some(torch.bfloat16)
+    reader = Reader([add(tvs.base, calmerge.breadcrumbs(tvs))])
+    reader.read("a", ALL)
+    tape = reader._tapes["a"]
+    assert tape is not None
+    assert [(one.made, one.planes) for one in tape.inputs] == [(False, 1), (True, 3)]  # the base, and no expert
+
+
 def test_a_draw_that_forgets_where_its_block_is_is_left_to_torch() -> None:
     weights = StateDict({"w": torch.ones(40960)})
     drawn = weights.map(lambda w, site: w * bernoulli(tuple(w.shape), 0.5, "seed", offset=0))

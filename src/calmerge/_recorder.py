@@ -105,18 +105,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note an input."""
         self._load(tensor, offset, fill)
 
-    def computed(self, fn: Callable[[Site], Tensor], site: Site, again: Callable[[], Fill]) -> Tensor:
-        """What `fn` makes; where that cannot be taken down, it becomes an input."""
-        before, watched = len(self._steps), _Watched(site)
+    def computed(
+        self, fn: Callable[..., Tensor], values: Callable[[], Sequence[Tensor]], site: Site, again: Callable[[], Fill]
+    ) -> Tensor:
+        """What `fn` makes; where that cannot be taken down, it becomes an input, which checks what it is made of."""
+        before = len(self._steps)
+        tensors, watched = values(), _Watched(site)
         try:
-            made = fn(watched)
+            made = fn(*tensors, watched)
             self.planes(made, self.suffix(made))
             self.particular |= watched.seen
             return made
         except Unrecordable:  # what was taken down is left out where nobody asks for it, but for this
             self._steps[before:] = [step for step in self._steps[before:] if step.op != machine.FINITE]
         with self.looking_away():
-            made = fn(site).contiguous()
+            made = fn(*tensors, site).contiguous()
         if not self._load(made, site.offset, again(), made=True):
             raise Unrecordable("a computation that does not give planes")
         return made

@@ -3,7 +3,7 @@
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -84,18 +84,21 @@ def handed(node: "Number", number: Tensor) -> Tensor:
     return number
 
 
-def computed(fn: Callable[["Site"], Tensor], site: "Site", again: Callable[[], Fill]) -> Tensor:
+def computed(
+    fn: Callable[..., Tensor], values: Callable[[], Sequence[Tensor]], site: "Site", again: Callable[[], Fill]
+) -> Tensor:
     """What `fn` makes of a block; a recorder that cannot take down how notes it as an input.
 
     Args:
-        fn: what a computation does to a block.
-        site: where that is.
+        fn: a computation, called as `fn(*values, site)`.
+        values: reads what it is handed.
+        site: where the block is.
         again: gives what does the same to other rows.
     """
     recorder = getattr(watching, "recorder", None)
     if recorder is None:
-        return fn(site)
-    made: Tensor = recorder.computed(fn, site, again)
+        return fn(*values(), site)
+    made: Tensor = recorder.computed(fn, values, site, again)
     return made
 
 

@@ -265,9 +265,12 @@ class Computed(Weights):
             if rows != ALL and not self._own:
                 memo[key] = self.read(name, ALL, memo)[(slice(None),) * self.row_dim + (rows,)]
             else:
-                site = site_of(self, name, rows)
-                values = [value_at(node, site, rows, memo) for node in self.inputs]
-                memo[key] = computed(lambda site: self._fn(*values, site), site, lambda: self._again(name))
+                site, known = site_of(self, name, rows), memo
+
+                def values() -> list[Tensor]:
+                    return [value_at(node, site, rows, known) for node in self.inputs]
+
+                memo[key] = computed(self._fn, values, site, lambda: self._again(name))
         return memo[key]
 
     def _again(self, name: str) -> Fill:
