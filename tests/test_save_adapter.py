@@ -250,6 +250,36 @@ def test_ranks_and_scales_of_the_inputs_do_not_leak_into_the_output(tmp_path: Pa
     assert said["base_model_name_or_path"] == "base"
 
 
+def with_own_table(table: Tensor, *, key: str) -> Adapter:
+    """An adapter of an embedding beside which PEFT saved a table."""
+    rows, width = table.shape
+    factors = {"e.lora_embedding_A": noise(2, rows, key=key), "e.lora_embedding_B": noise(width, 2, key=key + "b")}
+    return Adapter(factors | {"e.base_layer.weight": table}, {"r": 2, "lora_alpha": 2})
+
+
+def test_the_base_s_own_embedding_beside_factors_takes_no_rank(tmp_path: Path) -> None:
+    """Factors of rank 4 are larger than the table, but no larger than those of the inputs."""
+    base = {"e.weight": noise(5, 4), "q.weight": noise(4, 4)}
+    tvs = task_vectors(base, {t: with_own_table(base["e.weight"], key=t) for t in "ab"})
+    merged = average(tvs)
+    manifest = save_adapter(tmp_path / "out", tvs, merged)
+    assert [(r["name"], r["kind"], r["rank"]) for r in manifest["modules"]] == [("e.weight", "embedding", 4)]
+    again = adapted(base, tmp_path / "out")["e.weight"]
+    torch.testing.assert_close(again, base["e.weight"] + merged["e.weight"], rtol=0, atol=1e-6)
+
+
+def test_another_embedding_beside_factors_is_kept_whole(tmp_path: Path) -> None:
+    base = {"e.weight": noise(12, 8), "q.weight": noise(4, 4)}
+    tvs = task_vectors(base, {t: with_own_table(noise(12, 8, key="other"), key=t) for t in "ab"})
+    merged = average(tvs)
+    manifest = save_adapter(tmp_path / "out", tvs, merged)
+    assert [(r["name"], r["kind"], r["error"]) for r in manifest["modules"]] == [("e.weight", "full", 0.0)]
+    assert config(tmp_path / "out")["modules_to_save"] == ["e"]
+    assert torch.equal(adapted(base, tmp_path / "out")["e.weight"], base["e.weight"] + merged["e.weight"])
+    with pytest.raises(UsageError, match="larger than the tensor"):
+        save_adapter(tmp_path / "out2", tvs, merged, full=False)
+
+
 def test_a_merge_outside_their_span_asks_for_a_rank(tmp_path: Path) -> None:
     tvs = golden()
     with pytest.raises(UsageError, match=r"its factors would be larger than the tensor .* Say a rank or an energy"):

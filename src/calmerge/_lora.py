@@ -174,12 +174,17 @@ class Adapted(Weights):
         gain = gain if update.turned else gain[rows].reshape(-1, *[1] * (start.dim() - 1))
         return gain * (start + step) - start
 
-    def rank(self, name: str) -> int | None:
-        """The rank of a tensor's change, 0 where there is none; None where the change is no product of two factors."""
+    def rank(self, name: str, *, copies: bool = False) -> int | None:
+        """The rank of a tensor's change, 0 where there is none; None where the change is no product of two factors.
+
+        Args:
+            name: one of the base's tensors.
+            copies: a full tensor beside factors is taken for PEFT's copy of the base's own, which headers do not tell.
+        """
         if name not in self.changed:
             return 0
         update = self._updates.get(name)
-        if update is None or update.magnitude is not None or name in self._full:
+        if update is None or update.magnitude is not None or (name in self._full and not copies):
             return None
         return self.source.specs[update.down].shape[0]
 
@@ -191,7 +196,7 @@ class Adapted(Weights):
         >>> on_zero.factors("q.weight")
         Factors(left=tensor([[1.], [3.]]), right=tensor([[1., 2.]]), scale=2.0)
         """
-        assert self.rank(name) is not None
+        assert self.rank(name, copies=True) is not None
         if name not in self.changed:
             shape = self.specs[name].shape
             rows, columns = shape[0], torch.Size(shape[1:]).numel()
@@ -206,6 +211,10 @@ class Adapted(Weights):
             parts += [self._full.get(name), self._shifts.get(name, (None, 0))[0]]
             parts += [update.down, update.up, update.magnitude] if update else []
         return [part for part in parts if part is not None]
+
+    def brings(self, name: str) -> bool:
+        """Whether the adapter holds a tensor whole, beside factors or without."""
+        return name in self._full
 
     def update(self, name: str) -> Update | None:
         """How the adapter changes a tensor, if by factors."""

@@ -331,8 +331,8 @@ class _Maker:
         return update.turned if update else stored_in_out(self._tvs.base, name.rpartition(".")[0])
 
     def _factors(self, name: str, kind: Kind, tensor: Tensor) -> None:
-        ranks = self._tvs.ranks(name)
-        within = self._tvs.factors(name) if ranks is not None else None
+        ranks = self._tvs.ranks(name, copies=True)
+        within = self._tvs.factors(name) if ranks is not None else None  # which is tried, and left where it is not so
 
         def make() -> Product:
             matrix = tensor.flatten(1)
@@ -344,6 +344,9 @@ class _Maker:
         m, n = found.left.shape[0], found.right.shape[1]
         linear = ranks is not None and found.rank <= sum(ranks)  # no more than the inputs take together
         if self._rank is None and self._energy is None and not linear and found.rank * (m + n) > m * n:
+            if self._full and any(w.brings(name) for w in self._adapters):  # another tensor than the base's
+                self._keep(name, "full", self._whole.read(name), found.norm)
+                return
             raise UsageError(
                 f"an exact adapter was asked for, but the change of '{name}' has rank {found.rank}: its factors would "
                 f"be larger than the tensor ({m} x {n}). Say a rank or an energy, or write full weights. Methods that "

@@ -140,21 +140,22 @@ class TaskVectors(Weights):
         """
         return TaskVectors(self, self.tasks, base, experts=self.experts, heads=self.heads, skipped=self.skipped)
 
-    def ranks(self, name: str) -> tuple[int, ...] | None:
+    def ranks(self, name: str, *, copies: bool = False) -> tuple[int, ...] | None:
         """By task, the rank of its vector of one tensor, where all of them are known as products of factors.
 
-        That is so for adapters, as long as nothing was done to the vectors. It is told from headers alone.
+        That is so for adapters, as long as nothing was done to the vectors. It is told from headers alone. With
+        `copies` full tensors beside factors are taken for copies of the base's own, which PEFT saves of embeddings.
 
         >>> task_vectors({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}}).ranks("w") is None
         True
         """
         if not isinstance(self._source, _Deltas):
             return None
-        found = [w.rank(name) if _on(w, self.base) else None for _, w in self._source.experts]
+        found = [w.rank(name, copies=copies) if _on(w, self.base) else None for _, w in self._source.experts]
         return None if None in found else tuple(r for r in found if r is not None)
 
     def factors(self, name: str) -> list[Factors]:
-        """By task, the factors of its vector of a tensor that has `ranks`."""
+        """By task, the factors of its vector of a tensor that has `ranks`, with copies or without."""
         assert isinstance(self._source, _Deltas)
         found = [(task, w.factors(name)) for task, w in self._source.experts if isinstance(w, Adapted)]
         for task, factors in found:
