@@ -124,6 +124,34 @@ def test_an_entry_that_is_no_number_is_told_by_its_tensor_and_expert(
         settle(measures(tvs))
 
 
+def test_differences_that_overflow_are_left_to_torch_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base and expert are finite numbers there, so that it is no error."""
+    base = {"w": uniform((500, 700), "w") - 0.5}
+    base["w"][400, 3] = -3e38
+    for model, size in (("base", 0.0), ("x", 0.1), ("y", 0.2)):
+        (tmp_path / model).mkdir()
+        tensor = base["w"] + size * uniform((500, 700), model)
+        tensor[400, 3] = -3e38 if model == "base" else 3e38
+        write_weights(tmp_path / model, StateDict({"w": tensor}))
+    tvs = task_vectors(tmp_path / "base", {t: tmp_path / t for t in "xy"})
+
+    def found() -> list[float]:
+        (one,) = selected(tvs.transform(lambda tau, site: tau.clamp(-1, 1)))
+        return one.value().tolist()
+
+    strips = found()
+    by_blocks(monkeypatch)
+    assert strips == found()
+
+
+def test_a_loop_may_write_over_as_many_entries_as_it_has_lanes() -> None:
+    from calmerge._lanes import LANES
+
+    assert _compiled.BEHIND == LANES
+
+
 def test_whole_numbers_below_zero_are_added_too(tvs: TaskVectors) -> None:
     threshold = Threshold(tvs, 1000)
     signs = tvs.reduce(lambda tau, site: tau.sum(0).sign())

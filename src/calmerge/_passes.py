@@ -23,7 +23,7 @@ from calmerge._compiled import ByStrips
 from calmerge._handles import kept_open
 from calmerge._reader import Reader, Tapes
 from calmerge._run import Run
-from calmerge._weights import Node, Stretch, Weights, entries, site_of, stretches
+from calmerge._weights import Node, Stretch, Weights, entries, joined, site_of, stretches
 
 TOGETHER = 8
 """Blocks that may come as one: of T tasks that are 4 T MB, less than torch takes for one block."""
@@ -105,6 +105,7 @@ def run_passes(
     reader = Reader([node for nodes, _ in work for node in nodes], taping=taping, kept=kept)
 
     def of(name: str, rows: slice, tensors: Iterable[Tensor]) -> list[Any]:
+        """What each pass makes of a block."""
         site, values = site_of(weights, name, rows), iter(tensors)
         return [
             fold.part(*itertools.islice(values, len(nodes)), site)
@@ -112,14 +113,18 @@ def run_passes(
         ]  # fmt: skip
 
     def each(name: str, blocks: Sequence[slice]) -> Iterator[tuple[slice, list[Any]]]:
+        """The same of several blocks, with the rows of each or of some together."""
         loop = folds[0].strips() if len(folds) == 1 else None
         made = loop and reader.by_strips(name, blocks, loop, together=TOGETHER)
         if made:
-            for rows, part in made:
-                yield rows, [part] if part is not None else of(name, rows, reader.read(name, rows))
+            for some, part in made:
+                if part is None:  # not sound: torch tells what is wrong, or goes on where it was a sum that overflowed
+                    yield from ((rows, of(name, rows, reader.read(name, rows))) for rows in some)
+                else:
+                    yield joined(some), [part]
             return
-        some = reader.each(name, blocks, together=TOGETHER)
-        for rows, tensors in reader.cut(some, blocks) if by_block else some:
+        read = reader.each(name, blocks, together=TOGETHER)
+        for rows, tensors in reader.cut(read, blocks) if by_block else read:
             yield rows, of(name, rows, tensors)
 
     @kept_open()

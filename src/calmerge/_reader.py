@@ -93,26 +93,26 @@ class Reader:
 
     def by_strips(
         self, name: str, blocks: Sequence[slice], fn: ByStrips, *, together: int = 1
-    ) -> Iterator[tuple[slice, Any]] | None:
-        """What a compiled loop makes of several blocks, with the rows; None where no tape is to be had.
+    ) -> Iterator[tuple[Sequence[slice], Any]] | None:
+        """What a compiled loop makes of several blocks, some at a time, with these; None where no tape is to be had.
 
         Args:
             name: of the tensor.
             blocks: rows that follow each other.
             fn: the loop, over the planes of all weights among the nodes.
-            together: how many may come as one.
+            together: how many blocks come at a time.
         """
         tape = self._tape(name)
         return self._by_strips(name, blocks, tape, fn, together) if tape and tape.streams and tape.wide else None
 
     def _by_strips(
         self, name: str, blocks: Sequence[slice], tape: "Tape", fn: ByStrips, together: int
-    ) -> Iterator[tuple[slice, Any]]:
+    ) -> Iterator[tuple[Sequence[slice], Any]]:
         with tape.opened() as handles:
             for i in range(0, len(blocks), together):
-                rows = joined(blocks[i : i + together])
-                ends = np.cumsum([entries(self._lead, name, one) for one in blocks[i : i + together]])
-                yield rows, tape.by_strips(fn, ends, rows, site_of(self._lead, name, rows).offset, handles)
+                some = blocks[i : i + together]
+                ends, rows = np.cumsum([entries(self._lead, name, one) for one in some]), joined(some)
+                yield some, tape.by_strips(fn, ends, rows, site_of(self._lead, name, rows).offset, handles)
 
     def windows(self, name: str, rows: Sequence[slice], most: Sequence[int]) -> list[Tensor] | None:
         """The first entries of some blocks of the only weights, [planes, n], by one call; None where that is not to be.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmerge._compiled import ByStrips, kernels, strips
+from calmerge._compiled import BEHIND, ByStrips, kernels, strips
 from calmerge._measure import Fold, Measure, Pass, count, kth_magnitude
 from calmerge._passes import Sample, added
 from calmerge._rank import Bracket, fits, nth, sampled, usually_inside, within
@@ -155,7 +155,7 @@ class _Part:
 
     def _room(self, n: int) -> tuple[Array, Array]:
         tasks = self.bits.shape[1]
-        return np.zeros((tasks, 2), np.int64), np.empty((tasks, n + 16), np.int32)
+        return np.zeros((tasks, 2), np.int64), np.empty((tasks, n + BEHIND), np.int32)
 
 
 def _put_together(so_far: Any, part: tuple[Array, Array, Tensor]) -> tuple[Array, list[bytearray], Tensor]:

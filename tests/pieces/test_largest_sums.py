@@ -123,8 +123,11 @@ def test_sce_reads_its_inputs_twice() -> None:
     assert plan(sce(tvs, select_topk=0.5)).passes == 2
 
 
+@pytest.mark.parametrize("misled", [False, True])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_threads_change_no_bit(threads: int, large: None) -> None:
+def test_threads_change_no_bit(threads: int, misled: bool, large: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if misled:
+        monkeypatch.setattr(sums_file, "guessed", lambda *_: Bracket(1, 2, 10))
     experts = {t: {f"w{i}": uniform((40 + i, 90), t, i) - 0.5 for i in range(30)} for t in "xyz"}
     tvs = task_vectors({name: torch.zeros_like(w) for name, w in experts["x"].items()}, experts)
     merged = sce(tvs, select_topk=0.4)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmerge._compiled import ByStrips, kernels, strips
+from calmerge._compiled import BEHIND, ByStrips, kernels, strips
 from calmerge._dot import flat_rows, into_lanes, lanes_of, row_sums, rows_of
 from calmerge._measure import Fold, Measure, Pass, PerTensor, total
 from calmerge._passes import Sample
@@ -35,7 +35,7 @@ def largest_and_sums(weights: Weights, share: float, beside: TaskVectors) -> tup
     Args:
         weights: float tensors.
         share: of the entries of a tensor other than 0 so many stay, rounded down; in (0, 1).
-        beside: what is added up, in float64; not negative.
+        beside: what is added up, in float64; finite.
 
     Returns:
         The booleans, and for each tensor float64 [T].
@@ -147,7 +147,7 @@ class _Part:
             return self._found(lanes, inside, counts, offset)
         low, high = np.array(self.bracket[:2], np.int32).view(np.float32)
         size = np.abs(size)
-        less, above = size < low, size > high
+        less, above = size < low, ~(size <= high)
         places = np.flatnonzero(~(less | above))
         for row, into in zip(rows, lanes[0], strict=True):
             into_lanes((row * above).astype(np.float64), into)
@@ -168,7 +168,7 @@ class _Part:
         return found
 
     def _room(self, n: int) -> tuple[Array, Array]:
-        return np.empty((self.tasks + 2, n + 16), np.int32), np.zeros(3, np.int64)
+        return np.empty((self.tasks + 2, n + BEHIND), np.int32), np.zeros(3, np.int64)
 
     def _found(self, lanes: Array, inside: Array, counts: Array, offset: int) -> _Found:
         zeros, below, m = counts.tolist()
