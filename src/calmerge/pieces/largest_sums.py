@@ -15,11 +15,11 @@ from torch import Tensor
 from calmerge._compiled import BEHIND, ByStrips, kernels, strips
 from calmerge._dot import flat_rows, into_lanes, lanes_of, row_sums, rows_of
 from calmerge._measure import Fold, Measure, Pass, PerTensor, total
-from calmerge._passes import Sample
+from calmerge._passes import TOGETHER, Sample
 from calmerge._rank import Bracket, guessed, nth, sample, usually_inside
 from calmerge._task_vectors import TaskVectors
 from calmerge._watch import Array
-from calmerge._weights import Site, Weights
+from calmerge._weights import BLOCK, Site, Weights
 from calmerge.pieces.blend import sums
 from calmerge.pieces.largest import chosen, cut, last_of, spread
 from calmerge.pieces.mask import masked
@@ -71,7 +71,8 @@ def _both(weights: Weights, share: float, beside: TaskVectors) -> Measure:
                 return result
         return _apart(weights, share, beside).value()
 
-    return Measure((weights, beside), rounds, passes=1, holds=2 * most * (4 * tasks + 12))
+    room = 4 * (tasks + 2) * min(n, TOGETHER * BLOCK)  # of a thread, for what might be taken along of some blocks
+    return Measure((weights, beside), rounds, passes=1, holds=2 * most * (4 * tasks + 12) + room)
 
 
 def _apart(weights: Weights, share: float, beside: TaskVectors) -> Measure:
