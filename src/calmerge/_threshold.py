@@ -133,12 +133,12 @@ class _Part:
         if loops is not None:
             counts, beside = self._room(rows.shape[1])
             n = loops.bracketed_beside(rows.view(np.int32), *self.bits, counts, beside, 0)
-            return counts, beside[:, :n].view(np.float32), whole_sum(plane)
+            return counts, beside[:, :n].copy().view(np.float32), whole_sum(plane)
         low, high = self.bits.view(np.float32)[:, :, None]
         size = np.abs(rows)
         below, upto = size < low, size <= high
         counts = np.stack([below.sum(1), upto.sum(1)], 1)
-        return counts, rows[:, np.flatnonzero((below ^ upto).any(0))], whole_sum(plane)
+        return counts, np.ascontiguousarray(rows[:, np.flatnonzero((below ^ upto).any(0))]), whole_sum(plane)
 
     def strips(self) -> ByStrips | None:
         """The same by a compiled loop."""
@@ -149,7 +149,9 @@ class _Part:
         def found(tape: tuple[int, ...], planes: Array, ends: Array, _: int) -> tuple[Array, Array, Tensor] | None:
             counts, beside = self._room(ends[-1])
             n, total = loops.bracketed_beside_by_strips(tape, planes, ends[-1], *self.bits, counts, beside)
-            return None if n < 0 else (counts, beside[:, :n].view(np.float32), torch.tensor(float(total)).double())
+            if n < 0:
+                return None
+            return counts, beside[:, :n].copy().view(np.float32), torch.tensor(total, dtype=torch.float64)
 
         return found
 
@@ -162,7 +164,7 @@ def _put_together(so_far: Any, part: tuple[Array, Array, Tensor]) -> tuple[Array
     """Counts and sums of the blocks so far, and what was taken along, in one buffer for each task."""
     counts, beside, total = so_far or (0, [bytearray() for _ in part[1]], 0)
     for row, more in zip(beside, part[1], strict=True):
-        row.extend(np.ascontiguousarray(more).view(np.uint8).data)
+        row.extend(more.view(np.uint8).data)
     return counts + part[0], beside, total + part[2]
 
 

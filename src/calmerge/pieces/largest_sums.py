@@ -153,7 +153,9 @@ class _Part:
         for row, into in zip(rows, lanes[0], strict=True):
             into_lanes((row * above).astype(np.float64), into)
         zeros, below = len(size) - int(np.count_nonzero(size)), int(np.count_nonzero(less))
-        return _Found(zeros, below, [*rows[:, places], size[places], places + offset], lanes.sum(2))
+        return _Found(
+            zeros, below, [*np.ascontiguousarray(rows[:, places]), size[places], places + offset], lanes.sum(2)
+        )
 
     def strips(self) -> ByStrips | None:
         """The same of several blocks, by a compiled loop."""
@@ -173,8 +175,8 @@ class _Part:
 
     def _found(self, lanes: Array, inside: Array, counts: Array, offset: int) -> _Found:
         zeros, below, m = counts.tolist()
-        places = inside[-1, :m].astype(np.int64) + offset
-        return _Found(zeros, below, [*inside[:-1, :m].view(np.float32), places], lanes.sum(2))
+        some = inside[:, :m].copy()  # so that the room, which is much larger, does not live on with it
+        return _Found(zeros, below, [*some[:-1].view(np.float32), some[-1].astype(np.int64) + offset], lanes.sum(2))
 
 
 def _together(so_far: _Found | None, part: _Found) -> _Found:
@@ -182,6 +184,6 @@ def _together(so_far: _Found | None, part: _Found) -> _Found:
     if so_far is None:
         so_far = _Found(0, 0, [bytearray() for _ in part.inside], np.zeros((1, part.above.shape[1])))
     for into, more in zip(so_far.inside, part.inside, strict=True):
-        into.extend(np.ascontiguousarray(more).view(np.uint8).data)
+        into.extend(more.view(np.uint8).data)
     zeros, below = so_far.zeros + part.zeros, so_far.below + part.below
     return so_far._replace(zeros=zeros, below=below, above=sum(part.above, so_far.above))
