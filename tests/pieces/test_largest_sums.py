@@ -56,6 +56,13 @@ def test_sums_over_the_largest_are_those_of_passes_of_their_own(share: float, st
     check(weights, share, beside)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_one_pass_is_the_rule(share: float, large: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, beside = one(zeros=0.3)
+    monkeypatch.setattr(sums_file, "_apart", None)
+    check(weights, share, beside)
+
+
 def test_the_share_is_one_of_the_entries_other_than_0_where_rows_are_0(large: None) -> None:
     weights, beside = one(zeros=0.7)
     varying = int((weights["w"] != 0).sum())
