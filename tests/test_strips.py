@@ -146,12 +146,6 @@ def test_differences_that_overflow_are_left_to_torch_block_by_block(
     assert strips == found()
 
 
-def test_a_loop_may_write_over_as_many_entries_as_it_has_lanes() -> None:
-    from calmerge._lanes import LANES
-
-    assert _compiled.BEHIND == LANES
-
-
 def test_whole_numbers_below_zero_are_added_too(tvs: TaskVectors) -> None:
     threshold = Threshold(tvs, 1000)
     signs = tvs.reduce(lambda tau, site: tau.sum(0).sign())

@@ -9,9 +9,6 @@ from typing import Any
 LARGE = 2**27
 """From how many entries of all experts on it is worth while to load compiled loops, which takes tenths of a second."""
 
-BEHIND = 16
-"""Entries behind those that a compiled loop puts side by side, which it may write over: `LANES` of `_lanes`."""
-
 ByStrips = Callable[[tuple[int, ...], Any, Any, int], Any]
 """A compiled loop that plays a tape by itself: handed what `played` needs, the float32 planes [planes, STRIP] that a
 strip of what comes out is put into, where each of several blocks ends, and the index of the first entry. It gives None

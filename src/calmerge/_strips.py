@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from calmerge._kernels import above, bracketed_beside
+from calmerge._lanes import LANES as LANES
 from calmerge._lanes import played
 from calmerge._machine import SOUND, STRIP, compiled
 from calmerge._watch import Array

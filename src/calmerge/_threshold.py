@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmerge._compiled import BEHIND, ByStrips, kernels, strips
+from calmerge._compiled import ByStrips, kernels, strips
 from calmerge._measure import Fold, Measure, Pass, count, kth_magnitude
 from calmerge._passes import Sample, added
 from calmerge._rank import Bracket, fits, nth, sampled, usually_inside, within
@@ -131,7 +131,7 @@ class _Part:
     def __call__(self, tau: Tensor, plane: Tensor, site: Site) -> tuple[Array, Array, Tensor]:
         rows, loops = np.ascontiguousarray(tau.numpy(force=True).reshape(len(tau), -1)), kernels()
         if loops is not None:
-            counts, beside = self._room(rows.shape[1])
+            counts, beside = self._room(rows.shape[1] + loops.LANES)
             n = loops.bracketed_beside(rows.view(np.int32), *self.bits, counts, beside, 0)
             return counts, beside[:, :n].copy().view(np.float32), whole_sum(plane)
         low, high = self.bits.view(np.float32)[:, :, None]
@@ -147,7 +147,7 @@ class _Part:
             return None
 
         def found(tape: tuple[int, ...], planes: Array, ends: Array, _: int) -> tuple[Array, Array, Tensor] | None:
-            counts, beside = self._room(ends[-1])
+            counts, beside = self._room(ends[-1] + loops.LANES)
             n, total = loops.bracketed_beside_by_strips(tape, planes, ends[-1], *self.bits, counts, beside)
             if n < 0:
                 return None
@@ -157,7 +157,7 @@ class _Part:
 
     def _room(self, n: int) -> tuple[Array, Array]:
         tasks = self.bits.shape[1]
-        return np.zeros((tasks, 2), np.int64), np.empty((tasks, n + BEHIND), np.int32)
+        return np.zeros((tasks, 2), np.int64), np.empty((tasks, n), np.int32)
 
 
 def _put_together(so_far: Any, part: tuple[Array, Array, Tensor]) -> tuple[Array, list[bytearray], Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmerge._compiled import BEHIND, ByStrips, kernels, strips
+from calmerge._compiled import ByStrips, kernels, strips
 from calmerge._dot import flat_rows, into_lanes, lanes_of, row_sums, rows_of
 from calmerge._measure import Fold, Measure, Pass, PerTensor, total
 from calmerge._passes import TOGETHER, Sample
@@ -142,7 +142,7 @@ class _Part:
         """That of a block of some magnitudes [n], and rows [T, n]."""
         loops, lanes = kernels(), lanes_of(1, self.tasks)
         if loops is not None:
-            inside, counts = self._room(len(size))
+            inside, counts = self._room(len(size) + loops.LANES)
             flat, step, _ = flat_rows(rows)
             loops.above(size.view(np.int32), flat, step, 0, *self.bracket[:2], lanes[0], inside, counts)
             return self._found(lanes, inside, counts, offset)
@@ -164,14 +164,14 @@ class _Part:
             return None
 
         def found(tape: tuple[int, ...], planes: Array, ends: Array, offset: int) -> _Found | None:
-            lanes, (inside, counts) = lanes_of(len(ends), self.tasks), self._room(ends[-1])
+            lanes, (inside, counts) = lanes_of(len(ends), self.tasks), self._room(ends[-1] + loops.LANES)
             sound = loops.above_by_strips(tape, planes, ends, *self.bracket[:2], lanes, inside, counts)
             return self._found(lanes, inside, counts, offset) if sound else None
 
         return found
 
     def _room(self, n: int) -> tuple[Array, Array]:
-        return np.empty((self.tasks + 2, n + BEHIND), np.int32), np.zeros(3, np.int64)
+        return np.empty((self.tasks + 2, n), np.int32), np.zeros(3, np.int64)
 
     def _found(self, lanes: Array, inside: Array, counts: Array, offset: int) -> _Found:
         zeros, below, m = counts.tolist()
